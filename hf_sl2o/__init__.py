@@ -1,0 +1,46 @@
+"""hf_sl2o: train large models with a learned optimizer in a tiny subspace, through the Hugging Face Trainer.
+
+Importing the package adds `optim="sl2o"`, `"subspace_adamw"` and `"subspace_sgd"` to transformers.
+"""
+
+from .arguments import SL2OTrainingArguments
+from .callbacks import SubspaceLogCallback, TrajectoryCallback
+from .meta import MetaTrainer, MetaTrainingArguments, unroll
+from .optim import LearnedOptimizer, SubspaceOptimizer
+from .registry import SubspaceOptimizerFactory, build_optimizer, register
+from .rule import LSTMRule, Rule, RuleConfig, RuleState, SymbolicRule
+from .subspace import Basis, DenseBasis, IdentityBasis, Layout, RandomBasis, Trajectory, fit_basis
+from .tasks import Task
+from .trainer import SL2OTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Basis",
+    "DenseBasis",
+    "IdentityBasis",
+    "LSTMRule",
+    "Layout",
+    "LearnedOptimizer",
+    "MetaTrainer",
+    "MetaTrainingArguments",
+    "RandomBasis",
+    "Rule",
+    "RuleConfig",
+    "RuleState",
+    "SL2OTrainer",
+    "SL2OTrainingArguments",
+    "SubspaceLogCallback",
+    "SubspaceOptimizer",
+    "SubspaceOptimizerFactory",
+    "SymbolicRule",
+    "Task",
+    "Trajectory",
+    "TrajectoryCallback",
+    "build_optimizer",
+    "fit_basis",
+    "register",
+    "unroll",
+]
+
+register()

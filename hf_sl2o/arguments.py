@@ -1,0 +1,84 @@
+"""The command line of a training run: `TrainingArguments` with the choices of the subspace and the rule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+#: Our `optim` names and the learning rate of a user who sets none. 1.0 is the step size a rule was meta-trained at,
+#: and the paper's for SGD in the subspace (supplement, Table 1); 0.3 is what validation chose for AdamW in whitened
+#: units (recipes/results).
+OPTIMIZERS = {"sl2o": 1.0, "subspace_adamw": 0.3, "subspace_sgd": 1.0}
+_TRAINER_LEARNING_RATE = 5e-5
+
+
+@dataclass
+class SL2OTrainingArguments(TrainingArguments):
+    """Arguments of [`SL2OTrainer`]; everything of `TrainingArguments` holds as well.
+
+    Defaults that differ from `TrainingArguments`, and why: `optim` is `"sl2o"`; `learning_rate` is the optimizer's own
+    (1.0 for sl2o and subspace_sgd, 0.3 for subspace_adamw); `lr_scheduler_type` is `"constant"`, since a rule learns
+    its own decay; `max_grad_norm` is 0.0, since the official code does not clip (if set, it clips the projected
+    gradient).
+
+    Example:
+
+    ```python
+    >>> from hf_sl2o import SL2OTrainingArguments
+    >>> SL2OTrainingArguments("out", optim="subspace_adamw", sl2o_basis="user/basis").learning_rate
+    0.3
+    ```
+    """
+
+    optim: str = field(  # type: ignore[assignment]
+        default="sl2o", metadata={"help": '"sl2o", "subspace_adamw", "subspace_sgd", or any of transformers\' own.'}
+    )
+    learning_rate: float | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Default: the optimizer's own step size."}
+    )
+    lr_scheduler_type: str = field(  # type: ignore[assignment]
+        default="constant", metadata={"help": "Constant by default: a rule learns its own decay."}
+    )
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the projected gradient; 0: no clipping."})
+    sl2o_basis: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of a basis; without one sl2o acts on every trainable scalar."},
+    )
+    sl2o_rule: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a rule; default: the one that ships with the package."}
+    )
+    sl2o_units: str | None = field(
+        default=None, metadata={"help": '"std" or "orthonormal"; default: the units the basis was saved with.'}
+    )
+    sl2o_momentum: float = field(default=0.0, metadata={"help": "Of subspace_sgd; the paper's Momentum has 0.9."})
+    sl2o_outside: str = field(
+        default="freeze",
+        metadata={"help": 'Trainable parameters outside the basis: "freeze", or "adamw" (a second param group).'},
+    )
+    sl2o_warmup_steps: int = field(
+        default=0,
+        metadata={"help": "One run: AdamW for so many steps while recording, fit a basis, go on in it. 0: off."},
+    )
+    sl2o_warmup_learning_rate: float = field(
+        default=1e-3, metadata={"help": "AdamW's learning rate in those steps (constant)."}
+    )
+    sl2o_snapshots: int = field(default=60, metadata={"help": "Snapshots of those steps (paper: 60)."})
+    sl2o_dim: int = field(default=40, metadata={"help": "Directions fitted to those snapshots (paper: 40)."})
+
+    def __post_init__(self) -> None:
+        if self.learning_rate is None:
+            self.learning_rate = OPTIMIZERS.get(str(getattr(self.optim, "value", self.optim)), _TRAINER_LEARNING_RATE)
+        super().__post_init__()
+        if self.sl2o_units not in (None, "std", "orthonormal"):
+            raise ValueError(f'sl2o_units is {self.sl2o_units!r}, expected "std" or "orthonormal"')
+        if self.sl2o_outside not in ("freeze", "adamw"):
+            raise ValueError(f'sl2o_outside is {self.sl2o_outside!r}, expected "freeze" or "adamw"')
+        if self.sl2o_warmup_steps:
+            if self.sl2o_basis is not None:
+                raise ValueError("sl2o_warmup_steps fits a basis and sl2o_basis names one; set one of the two")
+            if not self.sl2o_dim < self.sl2o_snapshots <= self.sl2o_warmup_steps + 1:
+                raise ValueError(
+                    f"sl2o_dim {self.sl2o_dim} must be below sl2o_snapshots {self.sl2o_snapshots}, and that at most "
+                    f"sl2o_warmup_steps + 1 = {self.sl2o_warmup_steps + 1}"
+                )

@@ -1,0 +1,183 @@
+"""What rules and bases share: one config.json and one model.safetensors, on disk or on the Hub, loaded strictly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from .files import check_sha256, json_writer, load_json, load_tensors, sha256_of, tensor_writer, write_atomically
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+CARD = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ summary }}
+
+```python
+{{ usage }}
+```
+
+Made with hf_sl2o, which trains networks with a learned optimizer in a small
+subspace (SL2O, Chen et al., ECCV 2022). The two files hold numbers and settings only; nothing in them is executed.
+{{ details }}
+"""
+
+T = TypeVar("T", bound="HubFiles")
+
+
+class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-optimizer"], model_card_template=CARD):
+    """Adds `save_pretrained`, `from_pretrained` and `push_to_hub` to a class that can turn itself into files."""
+
+    def to_files(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Returns the config (JSON) and the tensors."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_files(cls: type[T], config: dict[str, Any], tensors: dict[str, torch.Tensor], where: str) -> T:
+        """Makes the object; raises `ValueError` on anything unknown or missing."""
+        raise NotImplementedError
+
+    def card(self) -> dict[str, str]:
+        """Returns title, summary, usage and details of the model card."""
+        raise NotImplementedError
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        config: Any = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Writes config.json, model.safetensors and, unless there is one, README.md.
+
+        The files change together: a full disk or a kill leaves what was there before. `config` is ignored, it is part
+        of the mixin's signature.
+
+        Returns:
+            The URL of the commit with `push_to_hub=True`, else None.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings, tensors = self.to_files()
+        weights = tensor_writer(tensors)
+
+        def write_config(path: str) -> None:  # runs second, when the temporary weights are complete
+            json_writer({**settings, "sha256": digest[0]})(path)
+
+        digest: list[str] = []
+
+        def write_weights(path: str) -> None:
+            weights(path)
+            digest.append(sha256_of(path))
+
+        write_atomically({folder / WEIGHTS: write_weights, folder / CONFIG: write_config})
+        if not (folder / "README.md").exists():
+            self.generate_model_card(**{**self.card(), **(model_card_kwargs or {})}).save(folder / "README.md")
+        if push_to_hub:
+            return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
+        return None
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]
+        cls: type[T],
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **unknown: Any,
+    ) -> T:
+        if unknown:
+            raise TypeError(f"from_pretrained got unknown arguments {sorted(unknown)}")
+        paths = {}
+        for name in (CONFIG, WEIGHTS):
+            if Path(model_id).is_dir():
+                paths[name] = Path(model_id) / name
+                if not paths[name].is_file():
+                    raise FileNotFoundError(
+                        f"looked for a saved {cls.__name__} in the folder {model_id}, which has no {name}; give the "
+                        "folder that `save_pretrained` wrote"
+                    )
+                continue
+            try:
+                paths[name] = Path(
+                    hf_hub_download(
+                        model_id,
+                        name,
+                        revision=revision,
+                        cache_dir=cache_dir,
+                        force_download=force_download,
+                        local_files_only=local_files_only,
+                        token=token,
+                    )
+                )
+            except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+                raise FileNotFoundError(
+                    f"looked for a saved {cls.__name__} at {model_id!r}: it is no local folder (here: {Path.cwd()}), "
+                    f"and {name} of the Hub repository of that name (revision {revision or 'main'}) could not be had "
+                    f"({type(error).__name__}: {str(error).strip().splitlines()[0]}); check the path, or log in with "
+                    "`hf auth login` for a private repository"
+                ) from error
+        config = load_json(paths[CONFIG])
+        if not isinstance(config, dict):
+            raise ValueError(f"{paths[CONFIG]} holds no JSON object; restore it from where it came from")
+        check_sha256(paths[WEIGHTS], config.pop("sha256", None))
+        return cls.from_files(config, load_tensors(paths[WEIGHTS]), where=str(paths[CONFIG].parent))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls: type[T],
+        pretrained_model_name_or_path: str | Path,
+        *,
+        force_download: bool = False,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        revision: str | None = None,
+        **unknown: Any,
+    ) -> T:
+        """Loads from a folder or a Hub repository; nothing from either is executed.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): A folder written by `save_pretrained`, or `user/name`.
+            force_download, token, cache_dir, local_files_only, revision: As in `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            `FileNotFoundError`: nothing is there; says what was looked for where.
+            `ValueError`: a file is truncated, tampered with, or holds unknown or missing entries.
+        """
+        # The mixin's own method reads config.json first and hides why it could not.
+        return cls._from_pretrained(
+            model_id=str(pretrained_model_name_or_path),
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            **unknown,
+        )
+
+
+def take(config: dict[str, Any], keys: set[str], where: str) -> dict[str, Any]:
+    """Returns `config` if it has exactly `keys`; raises `ValueError` naming the first difference."""
+    for key in sorted(set(config) - keys):
+        raise ValueError(
+            f"config.json in {where} has an unknown key {key!r}; it was written by a newer hf_sl2o, or edited: "
+            "upgrade, or remove the key"
+        )
+    for key in sorted(keys - set(config)):
+        raise ValueError(f"config.json in {where} lacks the key {key!r}; restore it from where it came from")
+    return config

@@ -1,0 +1,6 @@
+"""Optimizers for any torch loop: a learned rule over tensors, any torch optimizer over the coefficients of a basis."""
+
+from .learned import LearnedOptimizer
+from .subspace import Inner, SubspaceOptimizer
+
+__all__ = ["Inner", "LearnedOptimizer", "SubspaceOptimizer"]

@@ -1,0 +1,79 @@
+"""What both optimizers need: a guard against non-finite gradients, and loading that keeps fp32 state in fp32."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+logger = logging.getLogger(__name__)
+
+_MAX_SKIPPED_IN_A_ROW = 3
+
+
+class NonFiniteGuard:
+    """Counts steps whose gradient was not finite, without a host sync: a GPU's counter is read when it has arrived."""
+
+    def __init__(self) -> None:
+        self.counts: torch.Tensor | None = None  # (2,) int64: skipped in all, skipped in a row
+        self._host: torch.Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+        self._warned = 0
+
+    def record(self, finite: torch.Tensor) -> None:
+        """Adds one step; `finite` is a 0-d bool tensor."""
+        if self.counts is None:
+            self.counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
+        bad = (~finite).long()  # ()
+        self.counts.copy_(torch.stack([self.counts[0] + bad, (self.counts[1] + bad) * bad]))
+        if self.counts.is_cuda and self._arrived is None and not torch.cuda.is_current_stream_capturing():
+            self._host = torch.empty(2, dtype=torch.int64, pin_memory=True) if self._host is None else self._host
+            self._host.copy_(self.counts, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def check(self) -> None:
+        """Warns of skipped steps; raises `FloatingPointError` after three in a row (on a GPU some steps later)."""
+        counts = self.counts
+        if counts is not None and counts.is_cuda:
+            if self._arrived is None or torch.cuda.is_current_stream_capturing() or not self._arrived.query():
+                return
+            counts, self._arrived = self._host, None
+        if counts is None:
+            return
+        total, row = counts.tolist()
+        if total > self._warned:
+            self._warned = total
+            logger.warning("the gradient held NaN or Inf: step skipped (%d in all, %d in a row)", total, row)
+        if row >= _MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"the gradient held NaN or Inf in {row} steps in a row; weights and state are those before the first "
+                "of them. Check the loss and the data, or lower the learning rate"
+            )
+
+    @property
+    def total(self) -> int:
+        return 0 if self.counts is None else int(self.counts[0])
+
+
+def load_keeping_dtypes(optimizer: Optimizer, load: Callable[[Any], None], state_dict: dict[str, Any]) -> None:
+    """Runs torch's `load_state_dict`, then undoes its cast of fp32 state to the dtype of a bf16 parameter."""
+    load(state_dict)
+    saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, p in zip(saved_ids, parameters, strict=True):
+        for key, value in state_dict["state"].get(index, {}).items():
+            if torch.is_tensor(value) and key != "step":  # where a step belongs, torch decides
+                optimizer.state[p][key] = value.detach().clone().to(p.device)
+
+
+def check_same(what: str, ours: Any, state_dict: dict[str, Any], key: str) -> None:
+    for group in state_dict["param_groups"]:
+        if key in group and group[key] != ours:
+            raise ValueError(
+                f"the saved optimizer state was made with another {what} ({group[key]}, this one is {ours}); resume "
+                f"with the {what} of that run, or start a new run"
+            )

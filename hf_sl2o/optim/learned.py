@@ -1,0 +1,204 @@
+"""A learned rule as a torch optimizer over any tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from ..rule import Rule, RuleState
+from ._common import NonFiniteGuard, check_same, load_keeping_dtypes
+
+# Coordinates a call of the rule: what it keeps per coordinate then stays in the cache (2.6 x faster on a CPU).
+_CHUNK = {"cpu": 1 << 13, "cuda": 1 << 20}
+
+
+class LearnedOptimizer(Optimizer):
+    """A learned rule as a `torch.optim.Optimizer` over any tensors, such as LoRA factors or a small network.
+
+    theta = theta - lr * rule(g): every scalar is a coordinate of the rule. State is fp32; use fp32 weights, or
+    increments below a bf16 unit vanish (a basis has no such limit, see [`SubspaceOptimizer`]). A step whose gradient
+    holds NaN or Inf changes nothing and is counted; three in a row raise `FloatingPointError`.
+
+    Args:
+        params: Tensors, (name, tensor) pairs, or param group dicts.
+        rule ([`Rule`]): The update rule; it is moved to the parameters' device.
+        lr (`float` or 0-d `torch.Tensor`, *optional*, defaults to 1.0): Multiplies the rule's output; 1.0 is the scale
+            it was meta-trained at.
+        betas (`tuple[float, float]`, *optional*): Defaults to the rule's own.
+        eps (`float`, *optional*): Defaults to the rule's own.
+        weight_decay (`float`, *optional*, defaults to 0.0): Decoupled, as in AdamW.
+        foreach (`bool`, *optional*): None or True: one computation over all tensors of a group; False: a tensor at a
+            time.
+        maximize (`bool`, *optional*, defaults to `False`): Ascend.
+        capturable (`bool`, *optional*, defaults to `False`): Nothing is ever read back to the host; three non-finite
+            steps in a row then do not raise.
+        differentiable (`bool`, *optional*, defaults to `False`): Autograd runs through `step`, for non-leaf tensors.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_sl2o import LearnedOptimizer, LSTMRule
+    >>> model = torch.nn.Linear(3, 1)
+    >>> optimizer = LearnedOptimizer(model.parameters(), LSTMRule(), lr=0.1)
+    >>> model(torch.ones(2, 3)).sum().backward()
+    >>> optimizer.step()
+    ```
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        rule: Rule,
+        lr: float | torch.Tensor = 1.0,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        weight_decay: float = 0.0,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+    ) -> None:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rule is a {type(rule).__name__}, expected a Rule such as LSTMRule")
+        if not torch.is_tensor(lr) and lr < 0:
+            raise ValueError(f"lr is {lr}, expected a number >= 0")
+        if weight_decay < 0:
+            raise ValueError(f"weight_decay is {weight_decay}, expected a number >= 0")
+        defaults = {
+            "lr": lr,
+            "betas": (rule.config.beta1, rule.config.beta2) if betas is None else tuple(betas),
+            "eps": rule.config.eps if eps is None else eps,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "rule_fingerprint": rule.fingerprint,
+        }
+        self.rule = rule
+        self._reset()
+        super().__init__(params, defaults)
+        device = self.param_groups[0]["params"][0].device
+        self.rule.to(device)
+
+    def _reset(self) -> None:
+        self._flat: dict[tuple[int, ...], RuleState] = {}
+        self._non_finite = NonFiniteGuard()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "rule": self.rule}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset()  # the flat buffers are made again from the state of each parameter
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps skipped because the gradient held NaN or Inf (reads the counter from the device)."""
+        return self._non_finite.total
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_same("rule", self.rule.fingerprint, state_dict, "rule_fingerprint")
+        load_keeping_dtypes(self, super().load_state_dict, state_dict)
+        for p, state in self.state.items():
+            state["step"] = state["step"].detach().clone().to(p.device)
+        self._flat = {}
+
+    def _dtype(self, p: torch.Tensor) -> torch.dtype:
+        weights = next(self.rule.parameters(), None)
+        return torch.promote_types(p.dtype, torch.float32) if weights is None else weights.dtype
+
+    def _state_of(self, p: torch.Tensor) -> RuleState:
+        """The state of one parameter, made when it is first met."""
+        if not self.state[p]:
+            fresh = self.rule.init_state(p.numel(), device=p.device, dtype=self._dtype(p))
+            self.state[p].update(fresh._asdict())
+        return RuleState(**self.state[p])
+
+    def _flat_state(self, params: Sequence[torch.Tensor]) -> RuleState:
+        """One state over the concatenation of `params`; each parameter's own state is a view of it."""
+        key = tuple(id(p) for p in params)
+        if key not in self._flat:
+            states = [self._state_of(p) for p in params]
+            flat = [torch.cat([state[i] for state in states]) for i in range(1, len(RuleState._fields))]
+            steps = torch.stack([state.step for state in states])
+            # Parameters that missed gradients are at another step, so their bias correction differs. Read once, here.
+            uniform = bool((steps == steps[0]).all())
+            sizes = torch.tensor([p.numel() for p in params], device=steps.device)
+            step = steps[0].clone() if uniform else steps.repeat_interleave(sizes)
+            whole, offset = RuleState(step, *flat), 0
+            for p in params:
+                part = slice(offset, offset + p.numel())
+                views = [tensor[part] for tensor in whole[1:]]
+                self.state[p].update(RuleState(step if uniform else step[offset], *views)._asdict())
+                offset += p.numel()
+            self._flat = {known: flat for known, flat in self._flat.items() if not set(known) & set(key)}
+            self._flat[key] = whole
+        return self._flat[key]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Does one update; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            for group in self.param_groups:
+                params = [p for p in group["params"] if p.grad is not None]
+                for p in params:
+                    if p.grad.is_sparse:
+                        raise NotImplementedError("the gradient is sparse; set sparse=False on the embedding")
+                if group["differentiable"]:
+                    for p in params:
+                        self._differentiable_update(p, group)
+                elif group["foreach"] is False:
+                    for p in params:
+                        self._update([p], group)
+                elif params:
+                    self._update(params, group)
+        if not self.defaults["capturable"] and not self.defaults["differentiable"]:
+            self._non_finite.check()
+        return loss
+
+    def _update(self, params: Sequence[torch.Tensor], group: dict[str, Any]) -> None:
+        """One computation over the concatenation of `params`, a chunk of coordinates at a time."""
+        state = self._flat_state(params)
+        # The border: from here on everything is in the dtype of the rule (fp32), whatever the model's.
+        g = torch.cat([p.grad.reshape(-1).to(state.exp_avg.dtype) for p in params])  # (N,)
+        if group["maximize"]:
+            g = -g
+        finite = torch.isfinite(g).all()  # ()
+        self._non_finite.record(finite)
+        lr, chunk = group["lr"], _CHUNK.get(g.device.type, 1 << 16)
+        options = {"betas": group["betas"], "eps": group["eps"]}
+        for start in range(0, g.numel(), chunk):
+            part = slice(start, start + chunk)
+            step = state.step if state.step.ndim == 0 else state.step[part]
+            old = RuleState(step, *(tensor[part] for tensor in state[1:]))
+            delta, new = self.rule(g[part], old, **options)
+            for previous, following in zip(old[1:], new[1:], strict=True):
+                previous.copy_(torch.where(finite, following, previous))
+            g[part] = torch.where(finite, delta, 0)  # g is not needed again: no second vector of N numbers
+        state.step.add_(finite)
+        offset = 0
+        for p in params:
+            delta = g[offset : offset + p.numel()].view_as(p)
+            offset += p.numel()
+            if group["weight_decay"]:
+                p.mul_(1 - lr * group["weight_decay"] * finite)
+            p.sub_((lr * delta).to(p.dtype))
+
+    def _differentiable_update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
+        state = self._state_of(p)
+        assert p.grad is not None
+        g = p.grad.reshape(-1).to(state.exp_avg.dtype)
+        delta, state = self.rule(-g if group["maximize"] else g, state, betas=group["betas"], eps=group["eps"])
+        self.state[p].update(state._asdict())
+        if group["weight_decay"]:
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+        p.sub_((group["lr"] * delta).view_as(p).to(p.dtype))

@@ -1,0 +1,245 @@
+"""`TrainingArguments(optim="sl2o")`: our names inside transformers, and the one place where strings become objects."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers import trainer, trainer_optimizer
+from transformers.training_args import OptimizerNames, TrainingArguments
+
+from .arguments import OPTIMIZERS, SL2OTrainingArguments
+from .optim import Inner, LearnedOptimizer, SubspaceOptimizer
+from .rule import Rule
+from .subspace import Basis
+
+logger = logging.getLogger(__name__)
+
+SHIPPED_RULES = Path(__file__).parent / "pretrained"
+
+_OPTIM_ARGS = ("basis", "rule", "lr", "units", "momentum", "outside")
+
+
+def load_rule(rule: str | Path | Rule | None, *, with_basis: bool) -> Rule:
+    """Returns the rule itself, from a folder or the Hub, or the one that ships with the package.
+
+    Args:
+        rule (`str`, `Path`, [`Rule`], *optional*): A path, a Hub id, a rule, or None for the shipped one.
+        with_basis (`bool`): Which shipped rule: `default` for coefficients of a basis, `default-lora` for raw tensors.
+    """
+    if isinstance(rule, Rule):
+        return rule
+    if rule is None:
+        name = "default" if with_basis else "default-lora"
+        logger.info("no rule given: using %r, which ships with hf_sl2o", name)
+        return Rule.from_pretrained(SHIPPED_RULES / name)
+    return Rule.from_pretrained(rule)
+
+
+def _outside(outside: str) -> Inner | None:
+    if outside == "freeze":
+        return None
+    if outside == "adamw":
+        return lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+    raise ValueError(f'outside is {outside!r}, expected "freeze" or "adamw"')
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, torch.Tensor]],
+    optim: str = "sl2o",
+    *,
+    basis: str | Path | Basis | None = None,
+    rule: str | Path | Rule | None = None,
+    lr: float | None = None,
+    units: str | None = None,
+    momentum: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    outside: str = "freeze",
+    max_grad_norm: float = 0.0,
+) -> Optimizer:
+    """Builds the optimizer of one of our names; strings are loaded here and nowhere else.
+
+    Args:
+        named_parameters: As `model.named_parameters()`.
+        optim (`str`, *optional*, defaults to `"sl2o"`): `"sl2o"`, `"subspace_adamw"`, or `"subspace_sgd"`.
+        basis (`str`, `Path` or [`Basis`], *optional*): Folder, Hub id or object. Without one, `"sl2o"` applies the
+            rule to every trainable scalar (LoRA factors); the other two need one.
+        rule (`str`, `Path` or [`Rule`], *optional*): Folder, Hub id or object; defaults to the shipped rule.
+        lr (`float`, *optional*): Defaults to 1.0 (sl2o, subspace_sgd) or 0.3 (subspace_adamw).
+        units (`str`, *optional*): `"std"` or `"orthonormal"`; defaults to the units the basis was saved with.
+        momentum (`float`, *optional*, defaults to 0.0): Of subspace_sgd; the paper's Momentum has 0.9.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): Of subspace_adamw.
+        eps (`float`, *optional*, defaults to 1e-8): Of subspace_adamw.
+        outside (`str`, *optional*, defaults to `"freeze"`): What happens to trainable parameters the basis does not
+            cover: `"freeze"`, or `"adamw"` (lr 1e-3) in a second param group.
+        max_grad_norm (`float`, *optional*, defaults to 0.0): Clip the projected gradient; 0: no clipping.
+
+    Raises:
+        `ValueError`: an unknown name, or a basis that is missing or does not fit the model.
+        `FileNotFoundError`: a basis or rule that is not there; says what was looked for where.
+    """
+    if optim not in OPTIMIZERS:
+        raise ValueError(f"optim is {optim!r}, expected one of {sorted(OPTIMIZERS)}")
+    named_parameters = list(named_parameters)
+    lr = OPTIMIZERS[optim] if lr is None else lr
+    if basis is None:
+        if optim != "sl2o":
+            raise ValueError(
+                f'optim="{optim}" needs a basis and got none; pass sl2o_basis=..., or optim_args="basis=PATH_OR_ID" '
+                "(make one with TrajectoryCallback and fit_basis)"
+            )
+        trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+        return LearnedOptimizer(trainable, load_rule(rule, with_basis=False), lr=lr)
+    basis = basis if isinstance(basis, Basis) else Basis.from_pretrained(basis)
+    if units is not None:
+        basis = basis.with_units(units)
+    inner: Inner
+    if optim == "sl2o":
+        learned = load_rule(rule, with_basis=True)
+        inner = lambda c: LearnedOptimizer(c, learned, lr=lr)  # noqa: E731
+    elif optim == "subspace_adamw":
+        inner = lambda c: torch.optim.AdamW(c, lr=lr, betas=betas, eps=eps, weight_decay=0.0)  # noqa: E731
+    else:
+        inner = lambda c: torch.optim.SGD(c, lr=lr, momentum=momentum)  # noqa: E731
+    return SubspaceOptimizer(named_parameters, basis, inner, max_grad_norm=max_grad_norm, outside=_outside(outside))
+
+
+class SubspaceOptimizerFactory:
+    """For `Trainer(optimizer_cls_and_kwargs=(SubspaceOptimizerFactory, {...}))`, with no registration at all.
+
+    The keyword arguments are those of [`build_optimizer`]; the first argument is the model.
+    """
+
+    def __call__(self, model: nn.Module, **kwargs: Any) -> Optimizer:
+        return build_optimizer(model.named_parameters(), **kwargs)
+
+
+def refuse_unsupported(args: TrainingArguments) -> None:
+    """Raises where the way of training cannot hold what our optimizers promise."""
+    if args.deepspeed:
+        raise NotImplementedError(
+            "DeepSpeed flattens or replaces the optimizer's parameters, which a basis cannot follow; train with DDP"
+        )
+    if args.fsdp:
+        raise NotImplementedError("FSDP shards the parameters, which a basis does not support yet; train with DDP")
+    if args.weight_decay:
+        raise ValueError(
+            f"weight_decay is {args.weight_decay}; in the subspace it would pull towards the starting weights instead "
+            "of zero; set it to 0, or build SubspaceOptimizer yourself with an inner optimizer that decays"
+        )
+
+
+def _handler(context: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str, Any]]:
+    """Turns a user's arguments into those of [`build_optimizer`]; `optim_args` win over the `sl2o_` fields."""
+    args, given = context.args, {key: unquote(value) for key, value in context.optim_args.items()}
+    refuse_unsupported(args)
+    if unknown := sorted(set(given) - set(_OPTIM_ARGS)):
+        raise ValueError(f"optim_args has an unknown key {unknown[0]!r}; expected any of {', '.join(_OPTIM_ARGS)}")
+    options: dict[str, Any] = {"optim": str(args.optim.value)}
+    if isinstance(args, SL2OTrainingArguments):
+        options.update(
+            basis=args.sl2o_basis,
+            rule=args.sl2o_rule,
+            units=args.sl2o_units,
+            momentum=args.sl2o_momentum,
+            outside=args.sl2o_outside,
+        )
+    options.update(given)
+    for key in ("lr", "momentum"):
+        if key in given:
+            try:
+                options[key] = float(given[key])
+            except ValueError:
+                raise ValueError(f"optim_args has {key}={given[key]!r}, expected a number") from None
+    if "lr" not in options:
+        if not isinstance(args, SL2OTrainingArguments) and args.learning_rate == TrainingArguments.learning_rate:
+            logger.warning(
+                'learning_rate is not set (or Trainer\'s own %g): optim="%s" takes its own step size, %g; '
+                'for another pass learning_rate, or optim_args="lr=%g" for that very value',
+                args.learning_rate,
+                options["optim"],
+                OPTIMIZERS[options["optim"]],
+                args.learning_rate,
+            )
+        else:
+            options["lr"] = args.learning_rate
+    if options["optim"] == "subspace_adamw":
+        options["betas"], options["eps"] = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
+    if options.get("basis") is not None:
+        options["max_grad_norm"] = take_over_clipping(args)
+    return SubspaceOptimizerFactory, options
+
+
+def take_over_clipping(args: TrainingArguments) -> float:
+    """Moves `max_grad_norm` to our step: Trainer would clip the n-sized gradient, before it is projected."""
+    if args.max_grad_norm > 0:
+        args.sl2o_max_grad_norm = args.max_grad_norm  # type: ignore[attr-defined]
+        args.max_grad_norm = 0.0
+        logger.info("max_grad_norm=%g clips the projected gradient", args.sl2o_max_grad_norm)  # type: ignore[attr-defined]
+    return float(getattr(args, "sl2o_max_grad_norm", 0.0))
+
+
+def _optimizer_name(value: str) -> OptimizerNames:
+    return OptimizerNames(value)
+
+
+def _add_member(value: str) -> OptimizerNames:
+    """Adds a member to `OptimizerNames`, or returns the one that is there."""
+    if value in OptimizerNames._value2member_map_:
+        return OptimizerNames(value)
+    name = value.upper()
+    member = str.__new__(OptimizerNames, value)
+    member._name_, member._value_ = name, value
+    member.__objclass__ = OptimizerNames  # type: ignore[attr-defined]
+    member._sort_order_ = len(OptimizerNames._member_names_)  # type: ignore[attr-defined]
+    OptimizerNames._member_names_.append(name)
+    OptimizerNames._member_map_[name] = member
+    OptimizerNames._value2member_map_[value] = member
+    type.__setattr__(OptimizerNames, name, member)
+    return member
+
+
+def _reduce(member: OptimizerNames, protocol: Any) -> tuple[Any, ...]:
+    # Unpickling training_args.bin in another process imports hf_sl2o, and with it the name.
+    if member.value in OPTIMIZERS:
+        return _optimizer_name, (member.value,)
+    return OptimizerNames, (member.value,)
+
+
+def _parse_optim_args(optim_args: str | None) -> dict[str, str]:
+    try:
+        return _parse(optim_args)
+    except ValueError:
+        raise ValueError(
+            f"optim_args is {optim_args!r}, expected key=value pairs joined by commas, such as "
+            '"basis=user/name,rule=path"; write a comma, an equals sign or a space inside a value as %2C, %3D or %20'
+        ) from None
+
+
+_parse = trainer_optimizer._parse_optim_args
+
+
+def register() -> None:
+    """Adds our names to transformers; importing hf_sl2o does it, and doing it again changes nothing.
+
+    Also makes Trainer's parser of `optim_args` say what it could not read.
+
+    Raises:
+        `ImportError`: transformers has moved what this hooks into.
+    """
+    for value in OPTIMIZERS:
+        trainer_optimizer._OPTIMIZER_HANDLERS[_add_member(value)] = _handler
+    OptimizerNames.__reduce_ex__ = _reduce  # type: ignore[assignment, method-assign]
+    if not hasattr(trainer, "_parse_optim_args"):
+        raise ImportError(
+            "transformers.trainer no longer has _parse_optim_args: this version of transformers is newer than this "
+            "hf_sl2o knows; upgrade hf_sl2o, or use Trainer(optimizer_cls_and_kwargs=...)"
+        )
+    trainer._parse_optim_args = _parse_optim_args

@@ -1,0 +1,356 @@
+"""The learned update rule: a small LSTM as a pure function of gradient and state.
+
+g gradient, m and v its first and second moment, m~ and g~ the normalised inputs, h hidden size, delta the output; the
+caller moves theta (or a coefficient) by -lr * delta. One rule is shared by all coordinates; N is their number.
+
+    m = beta1 m + (1 - beta1) g        m~ = m^ / (sqrt(v^) + eps)        with m^, v^ bias-corrected
+    v = beta2 v + (1 - beta2) g^2      g~ = g  / (sqrt(v^) + eps)
+    hidden, cell = LSTM([m~, g~], hidden, cell)        delta = output_scale * tanh(W hidden)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from .hub import HubFiles, take
+
+R = TypeVar("R", bound="Rule")
+
+# Supplement, Table 2: expressions fitted to a rule that was meta-trained on ResNet-20.
+EXPRESSIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "tanh": lambda m, g: 0.2326 * torch.tanh(g - 0.1094),
+    "exp-tanh": lambda m, g: 0.2097 * torch.exp(torch.tanh(g)) - 0.2523,
+    "exp-tanh-cubic": lambda m, g: 0.0627 * torch.exp(torch.tanh(g + m**3)),
+}
+
+
+@dataclass(frozen=True)
+class RuleConfig:
+    """Every choice a rule makes; saved with its weights. Presets: [`RuleConfig.preset`].
+
+    Example:
+
+    ```python
+    >>> from hf_sl2o import RuleConfig
+    >>> RuleConfig.preset("paper-transformer").output_scale
+    0.0001
+    ```
+    """
+
+    inputs: str = dataclasses.field(
+        default="normalized", metadata={"help": '"normalized": m~ and g~; "gradient": g alone (L2O-DM).'}
+    )
+    beta1: float = dataclasses.field(default=0.9, metadata={"help": "Decay of m (official code, networks.py)."})
+    beta2: float = dataclasses.field(default=0.99, metadata={"help": "Decay of v (official code, networks.py)."})
+    eps: float = dataclasses.field(default=1e-8, metadata={"help": "Added to sqrt(v^) (official code)."})
+    log_sign: float | None = dataclasses.field(
+        default=None,
+        metadata={"help": "p: each input x becomes (log|x| / p, sign x), linear below e^-p. None: x itself."},
+    )
+    embed_size: int = dataclasses.field(default=0, metadata={"help": "Linear + ELU before the LSTM; 0: none."})
+    hidden_size: int = dataclasses.field(default=8, metadata={"help": "h (supplement 1)."})
+    num_layers: int = dataclasses.field(default=1, metadata={"help": "LSTM layers (supplement 1)."})
+    squash: bool = dataclasses.field(default=True, metadata={"help": "tanh on the head's output (supplement 1)."})
+    output_scale: float = dataclasses.field(
+        default=1.0, metadata={"help": "delta per unit of the head's output, in units of the coordinates."}
+    )
+    bias_correction_offset: int = dataclasses.field(
+        default=0, metadata={"help": "1 restores the exponent t + 1 of the published CNN and ViT scripts."}
+    )
+    reset_cell_every: int = dataclasses.field(
+        default=0,
+        metadata={"help": "Steps after which the cell state is zeroed; 391 (an epoch) restores the published runs."},
+    )
+    expression: str | None = dataclasses.field(
+        default=None, metadata={"help": f"One of {sorted(EXPRESSIONS)} instead of the LSTM (supplement 2.5, Table 2)."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.inputs not in ("normalized", "gradient"):
+            raise ValueError(f'inputs is {self.inputs!r}, expected "normalized" or "gradient"')
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(f"betas are {self.beta1} and {self.beta2}, expected values in [0, 1)")
+        if self.hidden_size < 1 or self.num_layers < 1 or self.embed_size < 0:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} and num_layers {self.num_layers} must be at least 1, "
+                f"embed_size {self.embed_size} at least 0"
+            )
+        if self.log_sign is not None and self.log_sign <= 0:
+            raise ValueError(f"log_sign is {self.log_sign}, expected a positive number or None")
+        if self.expression is not None and self.expression not in EXPRESSIONS:
+            raise ValueError(f"expression is {self.expression!r}, expected one of {sorted(EXPRESSIONS)}")
+
+    @classmethod
+    def preset(cls, name: str, *, published_quirks: bool = False) -> RuleConfig:
+        """Returns a published configuration.
+
+        Args:
+            name (`str`): `"paper-cnn"` and `"paper-transformer"` (SL2O's official code), `"rnnprop"` and `"l2o-dm"`
+                (earlier learned optimizers the paper compares with), `"symbolic"` (Table 2, first expression).
+            published_quirks (`bool`, *optional*, defaults to `False`): Restore what the official scripts did and we
+                hold for slips: the exponent t + 1 in the bias correction (CNN and ViT scripts), and the cell state
+                set to zero every epoch of 391 steps (evaluation scripts). The published numbers were probably made
+                with both.
+        """
+        presets = {
+            "paper-cnn": cls(),
+            "paper-transformer": cls(log_sign=10.0, output_scale=1e-4),
+            "rnnprop": cls(beta1=0.95, beta2=0.95, embed_size=20, hidden_size=20, num_layers=2, output_scale=0.1),
+            "l2o-dm": cls(
+                inputs="gradient", log_sign=5.0, hidden_size=20, num_layers=2, squash=False, output_scale=0.01
+            ),
+            "symbolic": cls(expression="tanh"),
+        }
+        if name not in presets:
+            raise ValueError(f"there is no preset {name!r}, expected one of {sorted(presets)}")
+        config = presets[name]
+        if published_quirks:
+            config = dataclasses.replace(config, bias_correction_offset=1, reset_cell_every=391)
+        return config
+
+    @property
+    def input_size(self) -> int:
+        """Numbers per coordinate that reach the network."""
+        return (2 if self.inputs == "normalized" else 1) * (1 if self.log_sign is None else 2)
+
+
+class RuleState(NamedTuple):
+    """What a rule remembers, for N coordinates: tensors only, fp32."""
+
+    step: torch.Tensor  # (), updates done
+    exp_avg: torch.Tensor  # (N,), m
+    exp_avg_sq: torch.Tensor  # (N,), v
+    hidden: torch.Tensor  # (N, layers, h)
+    cell: torch.Tensor  # (N, layers, h)
+
+    def detach(self) -> RuleState:
+        """Returns the same numbers without their graph."""
+        return RuleState(*(tensor.detach() for tensor in self))
+
+
+def log_and_sign(x: torch.Tensor, p: float) -> torch.Tensor:
+    """Maps (N, k) to (N, 2k): log|x| / p and sign x where |x| >= e^-p, else -1 and e^p x (Andrychowicz 2016)."""
+    # The clamps give both branches at once; the floor keeps log finite at x = 0.
+    magnitude = (x.abs().clamp_min(1e-37).log() / p).clamp_min(-1.0)
+    sign = (x * torch.exp(torch.tensor(p, dtype=x.dtype, device=x.device))).clamp(-1.0, 1.0)
+    return torch.stack([magnitude, sign], dim=-1).flatten(-2)
+
+
+class Rule(nn.Module, HubFiles):
+    """A learned update rule as a pure function; [`LSTMRule`] and [`SymbolicRule`] are the two kinds.
+
+    `rule(g, state)` returns the update `delta` and the next state. It changes nothing in place and computes in the
+    dtype of its weights (fp32), whatever autocast says.
+    """
+
+    def __init__(self, config: RuleConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @staticmethod
+    def from_config(config: RuleConfig) -> Rule:
+        """Builds the rule that `config` describes, with fresh weights."""
+        return LSTMRule(config) if config.expression is None else SymbolicRule(config)
+
+    def init_state(
+        self, n: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> RuleState:
+        """Returns the zero state for `n` coordinates."""
+        layers, size = self._state_shape()
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        return RuleState(zeros(), zeros(n), zeros(n), zeros(n, layers, size), zeros(n, layers, size))
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the configuration and the weights; optimizer states carry it."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().double().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _state_shape(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def _output(
+        self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Maps (N, k) inputs and the network's state to (N,) outputs and the next state."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        g: torch.Tensor,
+        state: RuleState,
+        *,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+    ) -> tuple[torch.Tensor, RuleState]:
+        """Returns the update for one step.
+
+        Args:
+            g (`torch.Tensor` of shape `(N,)`): The gradient of each coordinate.
+            state ([`RuleState`]): From [`~Rule.init_state`] or the previous step.
+            betas, eps (*optional*): Instead of the configuration's.
+
+        Returns:
+            `delta` of shape `(N,)`, to be subtracted, and the next [`RuleState`].
+        """
+        config = self.config
+        beta1, beta2 = (config.beta1, config.beta2) if betas is None else betas
+        eps = config.eps if eps is None else eps
+        step = state.step + 1
+        with torch.autocast(g.device.type, enabled=False):
+            if config.inputs == "normalized":
+                m = torch.lerp(g, state.exp_avg, beta1)  # (N,)
+                v = torch.lerp(g * g, state.exp_avg_sq, beta2)  # (N,)
+                exponent = step + config.bias_correction_offset
+                scale = 1 / ((v / (1 - beta2**exponent)).sqrt() + eps)
+                inputs = torch.stack([m / (1 - beta1**exponent) * scale, g * scale], dim=-1)  # (N, 2)
+            else:
+                m, v = state.exp_avg, state.exp_avg_sq
+                inputs = g.unsqueeze(-1)  # (N, 1)
+            if config.log_sign is not None:
+                inputs = log_and_sign(inputs, config.log_sign)
+            cell = state.cell
+            if config.reset_cell_every:
+                cell = cell * ((step - 1) % config.reset_cell_every != 0)
+            output, hidden, cell = self._output(inputs, state.hidden, cell)
+        return config.output_scale * output, RuleState(step, m, v, hidden, cell)
+
+    def to_files(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        return {"rule": dataclasses.asdict(self.config)}, dict(self.state_dict())
+
+    @classmethod
+    def from_files(cls: type[R], config: dict[str, Any], tensors: dict[str, torch.Tensor], where: str) -> R:
+        take(config, {"rule"}, where)
+        fields = {field.name for field in dataclasses.fields(RuleConfig)}
+        take(config["rule"], fields, where)
+        rule = Rule.from_config(RuleConfig(**config["rule"]))
+        if not isinstance(rule, cls):
+            raise ValueError(f"{where} holds a {type(rule).__name__}, not a {cls.__name__}; use Rule.from_pretrained")
+        expected = rule.state_dict()
+        for name in sorted(set(expected) ^ set(tensors)):
+            state = "lacks" if name in expected else "has an unknown"
+            raise ValueError(f"model.safetensors in {where} {state} tensor {name!r}; restore it from its source")
+        for name, tensor in tensors.items():
+            if tensor.shape != expected[name].shape:
+                raise ValueError(
+                    f"{name!r} in {where} has shape {tuple(tensor.shape)}, its config.json wants "
+                    f"{tuple(expected[name].shape)}; restore both from one source"
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name!r} in {where} holds NaN or Inf; restore it from its source")
+        rule.load_state_dict(tensors)
+        return rule
+
+    def card(self) -> dict[str, str]:
+        config = self.config
+        kind = (
+            f"the expression {config.expression!r}" if config.expression else f"an LSTM of size {config.hidden_size}"
+        )
+        return {
+            "title": "A learned optimizer",
+            "summary": f"An update rule for `hf_sl2o`: {kind}, {sum(p.numel() for p in self.parameters())} weights, "
+            f"inputs {config.inputs}, output scale {config.output_scale}.",
+            "usage": "import hf_sl2o\nfrom transformers import TrainingArguments\n\n"
+            'args = TrainingArguments("out", optim="sl2o", optim_args="rule=user/name")',
+            "details": "",
+        }
+
+
+class LSTMRule(Rule):
+    """SL2O's rule: one LSTM of size 8, a bias-free linear head and tanh, shared by all coordinates.
+
+    Args:
+        config ([`RuleConfig`], *optional*): Defaults to the paper's choices for CNNs; 392 weights.
+
+    Raises:
+        `ValueError`: `config` names an expression.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_sl2o import LSTMRule
+    >>> rule = LSTMRule()
+    >>> delta, state = rule(torch.ones(40), rule.init_state(40))
+    >>> delta.shape, int(state.step)
+    (torch.Size([40]), 1)
+    ```
+    """
+
+    def __init__(self, config: RuleConfig | None = None) -> None:
+        config = RuleConfig() if config is None else config
+        if config.expression is not None:
+            raise ValueError(f"the config names the expression {config.expression!r}; use SymbolicRule(config)")
+        super().__init__(config)
+        size = config.embed_size or config.input_size
+        self.embed = nn.Linear(config.input_size, config.embed_size) if config.embed_size else None
+        self.cells = nn.ModuleList(
+            nn.LSTMCell(size if layer == 0 else config.hidden_size, config.hidden_size)
+            for layer in range(config.num_layers)
+        )
+        self.head = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def _state_shape(self) -> tuple[int, int]:
+        return self.config.num_layers, self.config.hidden_size
+
+    def _output(
+        self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x = inputs if self.embed is None else nn.functional.elu(self.embed(inputs))
+        hiddens, cells = [], []
+        for layer, lstm in enumerate(self.cells):
+            x, next_cell = lstm(x, (hidden[:, layer], cell[:, layer]))
+            hiddens.append(x)
+            cells.append(next_cell)
+        output = self.head(x).squeeze(-1)  # (N,)
+        if self.config.squash:
+            output = torch.tanh(output)
+        return output, torch.stack(hiddens, dim=1), torch.stack(cells, dim=1)
+
+
+class SymbolicRule(Rule):
+    """A rule written as an expression of m~ and g~ (supplement 2.5, Table 2): no weights, no network state.
+
+    Args:
+        config ([`RuleConfig`], *optional*): Defaults to the preset `"symbolic"`.
+
+    Raises:
+        `ValueError`: `config` names no expression, or not the normalised inputs.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_sl2o import SymbolicRule
+    >>> rule = SymbolicRule()
+    >>> round(rule(torch.ones(1), rule.init_state(1))[0].item(), 4)
+    0.1655
+    ```
+    """
+
+    def __init__(self, config: RuleConfig | None = None) -> None:
+        config = RuleConfig.preset("symbolic") if config is None else config
+        if config.expression is None or config.inputs != "normalized" or config.log_sign is not None:
+            raise ValueError("an expression needs the inputs m~ and g~ themselves: inputs 'normalized', no log_sign")
+        super().__init__(config)
+
+    def _state_shape(self) -> tuple[int, int]:
+        return 0, 0
+
+    def _output(
+        self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        assert self.config.expression is not None
+        return EXPRESSIONS[self.config.expression](inputs[:, 0], inputs[:, 1]), hidden, cell

@@ -1,0 +1,163 @@
+"""Which parameters a subspace covers, in which order, with which shapes.
+
+n is the number of covered scalars. A layout is plain data: it is saved with every basis and trajectory, and it is
+what refuses a model that a basis was not made for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+# Wrappers put these in front of a name; the parameter behind it is the same one.
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+_INTEGER = re.compile(r"\.\d+\.")
+
+
+def plain_name(name: str) -> str:
+    """Returns `name` without what DDP and `torch.compile` put in front of it."""
+    while name.startswith(_WRAPPER_PREFIXES):
+        name = name[name.index(".") + 1 :]
+    return name
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names and shapes of the covered parameters, in order; a tied weight appears once, under its first name.
+
+    Args:
+        names (`tuple[str, ...]`): Parameter names as in `model.named_parameters()`.
+        shapes (`tuple[tuple[int, ...], ...]`): Their shapes.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_sl2o import Layout
+    >>> layout = Layout.from_named_parameters(torch.nn.Linear(3, 2).named_parameters())
+    >>> layout.names, layout.n
+    (('weight', 'bias'), 8)
+    ```
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", tuple(self.names))
+        object.__setattr__(self, "shapes", tuple(tuple(int(s) for s in shape) for shape in self.shapes))
+        if not self.names:
+            raise ValueError("a layout needs at least one parameter and got none; is anything trainable?")
+        if len(self.names) != len(self.shapes):
+            raise ValueError(f"a layout needs one shape a name, and got {len(self.names)} and {len(self.shapes)}")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError("a layout needs distinct parameter names")
+
+    @classmethod
+    def from_named_parameters(cls, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> Layout:
+        """Makes the layout of all trainable parameters (`requires_grad`); tied weights count once."""
+        names, shapes, seen = [], [], set()
+        for name, parameter in named_parameters:
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                names.append(plain_name(name))
+                shapes.append(tuple(parameter.shape))
+        return cls(tuple(names), tuple(shapes))
+
+    @property
+    def numels(self) -> tuple[int, ...]:
+        """Number of scalars of each parameter."""
+        return tuple(torch.Size(shape).numel() for shape in self.shapes)
+
+    @property
+    def n(self) -> int:
+        """Number of covered scalars."""
+        return sum(self.numels)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change with any name, shape or the order."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"names": list(self.names), "shapes": [list(shape) for shape in self.shapes]}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Layout:
+        return cls(tuple(data["names"]), tuple(tuple(shape) for shape in data["shapes"]))
+
+    def select(
+        self, named_parameters: Iterable[tuple[str, torch.Tensor]]
+    ) -> tuple[list[torch.Tensor], list[tuple[str, torch.Tensor]]]:
+        """Finds the covered parameters among `named_parameters` and checks them.
+
+        Returns:
+            The covered parameters in the order of the layout, and the trainable ones outside it as (name, parameter).
+
+        Raises:
+            `ValueError`: a covered parameter is missing or has another shape (the first one is named).
+            `NotImplementedError`: a parameter is sharded.
+        """
+        found, seen = {}, set()
+        outside = []
+        covered = set(self.names)
+        for name, parameter in named_parameters:
+            name = plain_name(name)
+            if name in covered:
+                found[name] = parameter
+                seen.add(id(parameter))
+            elif parameter.requires_grad:
+                outside.append((name, parameter))
+        outside = [(name, parameter) for name, parameter in outside if id(parameter) not in seen]
+        for name in self.names:
+            if name not in found:
+                have = outside[0][0] if outside else "nothing outside the basis"
+                raise ValueError(
+                    f"the basis was fitted for a parameter {name!r}, which the model does not have (the model has "
+                    f"{have!r} instead); use the model the basis was made from, or fit a new basis"
+                )
+        parameters = [found[name] for name in self.names]
+        self.check_tensors(parameters)
+        return parameters, outside
+
+    def check_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Raises `ValueError` where number or shapes of `tensors` differ from the layout; names the first one."""
+        if len(tensors) != len(self.names):
+            raise ValueError(
+                f"the basis covers {len(self.names)} tensors (first {self.names[0]!r}, last {self.names[-1]!r}) and "
+                f"got {len(tensors)}; pass `model.named_parameters()`, so that they are matched by name"
+            )
+        for name, shape, tensor in zip(self.names, self.shapes, tensors, strict=True):
+            if isinstance(tensor, DTensor):
+                raise NotImplementedError(
+                    f"parameter {name!r} is sharded (DTensor); sharded models are not supported yet, train with DDP"
+                )
+            if tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"parameter {name!r} has shape {tuple(tensor.shape)}, the basis was fitted for {shape}; fit a new "
+                    "basis, or undo what changed the shape (`resize_token_embeddings`, another head, another rank)"
+                )
+
+    def blocks(self, granularity: str) -> list[list[int]]:
+        """Groups parameter indices: one group (`"global"`), or one a layer (`"layer"`).
+
+        A layer is everything up to the first number in a name (`transformer.h.3`); parameters without a number are
+        grouped by their module (`transformer.ln_f`).
+        """
+        if granularity == "global":
+            return [list(range(len(self.names)))]
+        if granularity != "layer":
+            raise ValueError(f'blocks is {granularity!r}, expected "global" or "layer"')
+        groups: dict[str, list[int]] = {}
+        for index, name in enumerate(self.names):
+            number = _INTEGER.search(name)
+            key = name[: number.end() - 1] if number else name.rpartition(".")[0]
+            groups.setdefault(key, []).append(index)
+        return list(groups.values())

@@ -1,0 +1,194 @@
+"""`SL2OTrainer`: a Trainer that takes bases and rules as objects, and can make its own basis first."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, TrainOutput
+from transformers.training_args import OptimizerNames
+
+from .arguments import OPTIMIZERS, SL2OTrainingArguments
+from .callbacks import SubspaceLogCallback, TrajectoryCallback, unwrap_optimizer
+from .files import load_tensors, save_tensors
+from .optim import SubspaceOptimizer
+from .registry import take_over_clipping
+from .rule import Rule
+from .subspace import Basis, Trajectory, fit_basis
+
+logger = logging.getLogger(__name__)
+
+COEFFICIENTS = "coefficients.safetensors"
+
+
+def last_complete_checkpoint(folder: str | Path) -> str | None:
+    """Returns the newest `checkpoint-*` that was written to the end (its trainer_state.json is readable), or None."""
+    numbered = []
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        number = path.name.rpartition("-")[2]
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if number.isdecimal():
+            numbered.append((int(number), str(path)))
+    return max(numbered)[1] if numbered else None
+
+
+class SL2OTrainer(Trainer):
+    """Hugging Face's Trainer with a learned optimizer, or any torch optimizer, in a subspace.
+
+    Beyond `TrainingArguments(optim="sl2o")` with a plain Trainer it takes `basis` and `rule` as objects, logs what
+    happens in the subspace ([`SubspaceLogCallback`]), reports the norm of the *projected* gradient as `grad_norm`, and
+    writes `coefficients.safetensors` (d numbers) beside each saved model. With `sl2o_warmup_steps=k` one call of
+    `train` trains k steps with AdamW while recording, fits a basis, and goes on in it.
+
+    Args:
+        model, args, ...: As `Trainer`; `args` defaults to [`SL2OTrainingArguments`].
+        basis ([`Basis`], *optional*): Instead of `args.sl2o_basis`.
+        rule ([`Rule`], *optional*): Instead of `args.sl2o_rule`.
+
+    Raises:
+        `ValueError`: a basis or rule twice, or with an `optim` that has no use for it.
+
+    Example:
+
+    ```python
+    >>> from hf_sl2o import SL2OTrainer, SL2OTrainingArguments
+    >>> args = SL2OTrainingArguments("out", sl2o_basis="user/basis", max_steps=2000)
+    >>> trainer = SL2OTrainer(model, args, train_dataset=train)  # doctest: +SKIP
+    ```
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        basis: Basis | None = None,
+        rule: Rule | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = SL2OTrainingArguments("tmp_trainer") if args is None else args
+        for what, value in (("basis", basis), ("rule", rule)):
+            if value is not None and str(getattr(args.optim, "value", args.optim)) not in OPTIMIZERS:
+                raise ValueError(f'{what} was given with optim="{args.optim}"; expected one of {sorted(OPTIMIZERS)}')
+            if value is not None and getattr(args, f"sl2o_{what}", None) is not None:
+                raise ValueError(f"{what} was given both as an object and as args.sl2o_{what}; leave one out")
+        if basis is not None and getattr(args, "sl2o_warmup_steps", 0):
+            raise ValueError("sl2o_warmup_steps fits a basis, and one was given; leave one out")
+        if kwargs.get("model_init") is not None and getattr(args, "sl2o_warmup_steps", 0):
+            raise ValueError("sl2o_warmup_steps needs a model; model_init would make a new one after the warm-up")
+        self.basis = basis
+        self.rule = rule
+        super().__init__(model, args, **kwargs)
+        SubspaceLogCallback.attach(self)
+
+    # The optimizer
+
+    def get_optimizer_cls_and_kwargs(  # type: ignore[override]
+        self, args: TrainingArguments, model: Any = None
+    ) -> tuple[Any, Any]:
+        factory, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if self.rule is not None:
+            options["rule"] = self.rule
+        if self.basis is not None and args.optim in OPTIMIZERS:
+            options.update(basis=self.basis, max_grad_norm=take_over_clipping(args))
+        return factory, options
+
+    @property
+    def subspace_optimizer(self) -> SubspaceOptimizer | None:
+        """The optimizer behind Accelerate's wrapper if it moves the coefficients of a basis."""
+        optimizer = unwrap_optimizer(self.optimizer)
+        return optimizer if isinstance(optimizer, SubspaceOptimizer) else None
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        optimizer = self.subspace_optimizer
+        if optimizer is None:
+            return super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.accelerator.unscale_gradients(self.optimizer)
+        return optimizer.clip_projected(optimizer.max_grad_norm)
+
+    # Files
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        optimizer = self.subspace_optimizer
+        if optimizer is not None and self.args.should_save:
+            path = Path(output_dir or self.args.output_dir or ".") / COEFFICIENTS
+            save_tensors(path, {"coefficients": optimizer.coefficients}, basis=optimizer.basis.fingerprint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        optimizer, best = self.subspace_optimizer, self.state.best_model_checkpoint
+        if optimizer is not None and best is not None and (Path(best) / COEFFICIENTS).is_file():
+            coefficients = load_tensors(Path(best) / COEFFICIENTS)["coefficients"]
+            optimizer.load_coefficients(coefficients, move_weights=False)
+
+    # Training
+
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any
+    ) -> TrainOutput:
+        """As `Trainer.train`; `resume_from_checkpoint=True` takes the last checkpoint that was written to the end.
+
+        Raises:
+            `ValueError`: there is none (unless a warm-up has to be done or continued first).
+        """
+        warming = int(getattr(self.args, "sl2o_warmup_steps", 0))
+        resume = resume_from_checkpoint
+        if resume is True:
+            resume = last_complete_checkpoint(self.args.output_dir or ".")
+            if resume is None and not warming:
+                raise ValueError(
+                    f"resume_from_checkpoint=True, but {self.args.output_dir} holds no complete checkpoint; leave it "
+                    "out to start from the beginning"
+                )
+        if warming and self.basis is None:
+            self.basis = self._warm_up(resuming=bool(resume_from_checkpoint), trained=bool(resume))
+        return super().train(resume_from_checkpoint=resume or None, **kwargs)
+
+    def _warm_up(self, *, resuming: bool, trained: bool) -> Basis:
+        """Trains with AdamW while recording, and fits the basis; `trained`: the run in the subspace has begun."""
+        args = self.args
+        assert isinstance(args, SL2OTrainingArguments)
+        folder = Path(args.output_dir or ".") / "warmup"
+        if not trained:
+            recorder = TrajectoryCallback(
+                folder / "trajectory",
+                every_steps=max(1, args.sl2o_warmup_steps // (args.sl2o_snapshots - 1)),
+                overwrite=True,
+            )
+            logger.info("warm-up: %d steps with AdamW, recorded in %s", args.sl2o_warmup_steps, folder)
+            self.args = _warmup_arguments(args, folder)
+            self.add_callback(recorder)
+            try:
+                super().train(resume_from_checkpoint=last_complete_checkpoint(folder) if resuming else None)
+            finally:
+                self.args = args
+                self.remove_callback(recorder)
+                self.optimizer = self.lr_scheduler = None
+                self.model_wrapped = self.model
+            if args.should_save:
+                basis = fit_basis(Trajectory(folder / "trajectory"), args.sl2o_dim, progress=not args.disable_tqdm)
+                basis.save_pretrained(Path(args.output_dir or ".") / "basis")
+            self.accelerator.wait_for_everyone()
+        basis = Basis.from_pretrained(Path(args.output_dir or ".") / "basis")
+        return basis.with_units(args.sl2o_units) if args.sl2o_units else basis
+
+
+def _warmup_arguments(args: SL2OTrainingArguments, folder: Path) -> SL2OTrainingArguments:
+    warm = copy.copy(args)
+    warm.output_dir, warm.optim, warm.optim_args = str(folder), OptimizerNames.ADAMW_TORCH, None
+    warm.max_steps, warm.learning_rate = args.sl2o_warmup_steps, args.sl2o_warmup_learning_rate
+    warm.lr_scheduler_type, warm.lr_scheduler_kwargs = "constant", {}
+    warm.save_strategy, warm.save_steps = SaveStrategy.STEPS, max(1, args.sl2o_warmup_steps // 5)
+    warm.save_total_limit, warm.load_best_model_at_end, warm.push_to_hub = 1, False, False
+    warm.eval_strategy = IntervalStrategy.NO
+    warm.sl2o_warmup_steps = 0
+    return warm
