@@ -69,8 +69,8 @@ class TrajectoryCallback(TrainerCallback):
             return
         if len(self.trajectory) and not self.overwrite:
             raise ValueError(
-                f"{self.trajectory.folder} holds {len(self.trajectory)} snapshots of an earlier run and this one starts "
-                "anew; resume that run, choose another folder, or pass overwrite=True"
+                f"{self.trajectory.folder} holds {len(self.trajectory)} snapshots of an earlier run and this one "
+                "starts anew; resume that run, choose another folder, or pass overwrite=True"
             )
         self.trajectory.clear()
         self.trajectory.write(0, kwargs["model"].named_parameters())
@@ -93,7 +93,7 @@ class TrajectoryCallback(TrainerCallback):
 
 
 class SubspaceLogCallback(TrainerCallback):
-    """Adds what happens in the subspace to the usual logs; [`SL2OTrainer`] has it, a plain Trainer gets it by `attach`.
+    """Adds what happens in the subspace to the usual logs; [`SL2OTrainer`] has it, a Trainer gets it by `attach`.
 
     - `sl2o_coefficients_norm`: |c|
     - `sl2o_delta_norm`: |delta|, how far the last step moved c

@@ -39,9 +39,7 @@ class MetaTrainingArguments:
 
     output_dir: str = field(metadata={"help": "Checkpoints, log.jsonl, and the best rule."})
     unroll_length: int = field(default=10, metadata={"help": "T: inner steps of a meta-step; at least 2."})
-    inner_steps: int = field(
-        default=1000, metadata={"help": "N: steps of an episode; the last window may be shorter."}
-    )
+    inner_steps: int = field(default=1000, metadata={"help": "N: steps of an episode; the last window may be short."})
     meta_epochs: int = field(default=20, metadata={"help": "Episodes on each task."})
     meta_learning_rate: float = field(default=1e-2, metadata={"help": "Of Adam on the rule's weights."})
     learning_rate: float = field(default=1.0, metadata={"help": "lr of the inner run; multiplies the rule's output."})
@@ -56,13 +54,13 @@ class MetaTrainingArguments:
     def __post_init__(self) -> None:
         if self.unroll_length < 2:
             raise ValueError(
-                f"unroll_length is {self.unroll_length}, expected at least 2: the losses are taken before each update, "
+                f"unroll_length is {self.unroll_length}, expected at least 2: losses are taken before each update, "
                 "so a window of one step has no meta-gradient"
             )
         if self.inner_steps < self.unroll_length:
             raise ValueError(
-                f"inner_steps {self.inner_steps} is below unroll_length {self.unroll_length}; raise the first or lower "
-                "the second"
+                f"inner_steps {self.inner_steps} is below unroll_length {self.unroll_length}; raise the first or "
+                "lower the second"
             )
         if self.meta_epochs < 1 or self.eval_every < 1:
             raise ValueError("meta_epochs and eval_every must be at least 1")
@@ -257,7 +255,7 @@ class MetaTrainer:
             metadata = file.metadata() or {}
         if metadata.get("stamp") != self._stamp():
             raise ValueError(
-                f"{path} was made with other settings, another rule or other tasks; use another output_dir, or delete it"
+                f"{path} was made with other settings, another rule or tasks; use another output_dir, or delete it"
             )
         progress = json.loads(metadata["progress"])
         self.epoch, self.best, self.log_history = progress["epoch"], progress["best"], progress["log_history"]

@@ -1,0 +1,137 @@
+"""Runs beside each other: steps to a target, the printed table, the figure, and the environment they ran in."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "hf_sl2o")
+
+
+def environment(folder: str | Path = ".") -> dict[str, Any]:
+    """Returns versions, device, threads, and commit (with `dirty`) of the checkout at `folder`: JSON values."""
+
+    def git(*command: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+    }
+
+
+def steps_to(evals: Sequence[Sequence[float]], target: float) -> int | None:
+    """Returns the first evaluated step whose loss is at most `target`, or None.
+
+    Args:
+        evals (`Sequence[tuple[int, float]]`): (step, loss), ascending.
+
+    Example:
+
+    ```python
+    >>> from hf_sl2o.comparison import steps_to
+    >>> steps_to([(0, 4.0), (10, 2.0), (20, 1.5)], 2.0)
+    10
+    ```
+    """
+    return next((int(step) for step, loss in evals if loss <= target), None)
+
+
+def mean_steps_to(curves: Sequence[Sequence[Sequence[float]]], target: float) -> float | None:
+    """Mean over seeds of [`steps_to`]; None if one seed never gets there."""
+    steps = [steps_to(curve, target) for curve in curves]
+    found = [step for step in steps if step is not None]
+    return sum(found) / len(found) if found and len(found) == len(steps) else None
+
+
+def mean_curve(curves: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    """Averages (step, loss) curves of equal steps over seeds."""
+    return [[points[0][0], sum(loss for _, loss in points) / len(points)] for points in zip(*curves, strict=True)]
+
+
+def table(comparison: Mapping[str, Any]) -> str:
+    """Returns the comparison as a Markdown table, fastest to the first target first."""
+    names = list(comparison["steps_to"])
+    heads = ["arm", "learning rate", "validation loss", *(f"steps to {name}" for name in names)]
+    rows = [[*heads, "seconds", "state (kB)"]]
+
+    def order(item: tuple[str, Any]) -> tuple[float, float]:
+        steps = comparison["steps_to"][names[0]]["steps"].get(item[0])
+        return (float("inf") if steps is None else steps, item[1]["final_eval_loss"])
+
+    for arm, run in sorted(comparison["runs"].items(), key=order):
+        steps = [comparison["steps_to"][name]["steps"].get(arm) for name in names]
+        rows.append(
+            [
+                arm,
+                f"{run['learning_rate']:g}",
+                f"{run['final_eval_loss']:.3f}",
+                *("never" if value is None else f"{value:.0f}" for value in steps),
+                f"{run['seconds']:.0f}",
+                f"{run['state_bytes'] / 1e3:.1f}",
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def plot(comparison: Mapping[str, Any], path: str | Path, *, early: int = 250) -> None:
+    """Draws training and validation loss, the first `early` steps and the full range.
+
+    Raises:
+        `ImportError`: matplotlib is missing (`pip install "hf-sl2o[analysis]"`).
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError('the figure needs matplotlib: pip install "hf-sl2o[analysis]"') from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = comparison["runs"]
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 7.5), layout="constrained", squeeze=False)
+    last = max(run["eval"][-1][0] for run in runs.values())
+    lowest = min(loss for run in runs.values() for _, loss in run["eval"])
+    highest = max(run["eval"][0][1] for run in runs.values())
+    for row, (key, title) in enumerate((("train_loss", "training loss"), ("eval", "validation loss"))):
+        for column, limit in enumerate((min(early, last), last)):
+            axis = axes[row][column]
+            for arm, run in runs.items():
+                points = [(step, loss) for step, loss in run[key] if step <= limit]
+                ours = arm == "sl2o"
+                axis.plot(
+                    *zip(*points, strict=True), label=arm, linewidth=2.4 if ours else 1.2, zorder=3 if ours else 2
+                )
+            axis.set(xlabel="step", ylabel=title, xlim=(0, limit), ylim=(lowest * 0.95, highest * 1.03))
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
+            axis.yaxis.set_minor_formatter(matplotlib.ticker.FormatStrFormatter("%.2g"))
+            axis.grid(alpha=0.3, which="both")
+            axis.set_title(f"{title}, {'first ' if limit < last else ''}{limit} steps")
+    axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,126 @@
+"""E2E for the recipes: (meaning representation, sentence) rows to batches with the loss on the sentence only."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+SPLITS = ("train", "validation", "test")
+Row = dict[str, str]
+
+
+def load_rows(data: str, split: str, limit: int | None = None) -> list[Row]:
+    """Returns the rows of a split, each with `mr` and `ref`.
+
+    Args:
+        data (`str`): `"embedded"` (a generator, no download), `"hub"` (the E2E dataset of the Hugging Face Hub), or a
+            folder with train.csv, validation.csv and test.csv.
+        split (`str`): `"train"`, `"validation"`, or `"test"`.
+        limit (`int`, *optional*): The first so many rows.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: a file is missing, lacks a column, or has no rows.
+    """
+    if data == "embedded":
+        from e2e_embedded import generate
+
+        return generate(split, limit or (8_000 if split == "train" else 800))
+    if data == "hub":
+        from datasets import load_dataset
+
+        rows = [
+            {"mr": row["meaning_representation"], "ref": row["human_reference"]}
+            for row in load_dataset("tuetschek/e2e_nlg", split=split)
+        ]
+        return rows[:limit]
+    path = Path(data) / f"{split}.csv"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"--data {data}: looked for {path} and found no such file; give embedded, hub, or a folder with "
+            + ", ".join(f"{name}.csv" for name in SPLITS)
+        )
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [name for name in ("mr", "ref") if name not in (reader.fieldnames or [])]
+        if missing:
+            raise ValueError(
+                f"{path} has the columns {reader.fieldnames}, and lacks {missing[0]!r}; expected 'mr' and 'ref'"
+            )
+        rows = [{"mr": row["mr"], "ref": row["ref"]} for row in reader if row["mr"] and row["ref"]]
+    if not rows:
+        raise ValueError(f"{path} has no rows; expected at least one with 'mr' and 'ref'")
+    return rows[:limit]
+
+
+def fingerprint(rows: Sequence[Row]) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def train_tokenizer(rows: Sequence[Row], vocab_size: int = 1000) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE on the training split."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    bpe = ByteLevelBPETokenizer()
+    texts = (text for row in rows for text in (row["mr"], row["ref"]))
+    bpe.train_from_iterator(
+        texts, vocab_size=vocab_size, min_frequency=2, special_tokens=["<eos>"], show_progress=False
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+class E2EDataset(torch.utils.data.Dataset):  # type: ignore[type-arg]
+    """Token ids of `mr || ref <eos>` with the labels of `mr ||` masked, as in the protocol of the LoRA paper."""
+
+    def __init__(self, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int = 128) -> None:
+        prompts = tokenizer([row["mr"] + " ||" for row in rows], add_special_tokens=False)["input_ids"]
+        answers = tokenizer([" " + row["ref"] for row in rows], add_special_tokens=False)["input_ids"]
+        self.examples = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids = [*prompt, *answer, tokenizer.eos_token_id][:max_length]
+            labels = [*[-100] * len(prompt), *ids[len(prompt) :]][:max_length]
+            if any(label != -100 for label in labels):
+                self.examples.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)})
+        if not self.examples:
+            raise ValueError(f"no example has a sentence within {max_length} tokens; raise max_length")
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.examples[index]
+
+
+def collate(examples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Pads on the right; the padding carries no loss and, under a causal mask, reaches no token that does."""
+    pad = torch.nn.utils.rnn.pad_sequence
+    return {
+        "input_ids": pad([example["input_ids"] for example in examples], batch_first=True),
+        "labels": pad([example["labels"] for example in examples], batch_first=True, padding_value=-100),
+    }
+
+
+def endless_batches(dataset: E2EDataset, batch_size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Yields shuffled batches for ever."""
+    generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF)
+    while True:
+        order: list[int] = torch.randperm(len(dataset), generator=generator).tolist()
+        for start in range(0, max(len(order) - batch_size + 1, 1), batch_size):
+            yield collate([dataset[index] for index in order[start : start + batch_size]])
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
