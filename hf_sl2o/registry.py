@@ -142,7 +142,7 @@ def _handler(context: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str
     refuse_unsupported(args)
     if unknown := sorted(set(given) - set(_OPTIM_ARGS)):
         raise ValueError(f"optim_args has an unknown key {unknown[0]!r}; expected any of {', '.join(_OPTIM_ARGS)}")
-    options: dict[str, Any] = {"optim": str(args.optim.value)}
+    options: dict[str, Any] = {"optim": OptimizerNames(args.optim).value}
     if isinstance(args, SL2OTrainingArguments):
         options.update(
             basis=args.sl2o_basis,
@@ -213,12 +213,12 @@ def _reduce(member: OptimizerNames, protocol: Any) -> tuple[Any, ...]:
     return OptimizerNames, (member.value,)
 
 
-def _parse_optim_args(optim_args: str | None) -> dict[str, str]:
+def _parse_optim_args(optim_args_str: str | None) -> dict[str, str]:
     try:
-        return _parse(optim_args)
+        return _parse(optim_args_str)
     except ValueError:
         raise ValueError(
-            f"optim_args is {optim_args!r}, expected key=value pairs joined by commas, such as "
+            f"optim_args is {optim_args_str!r}, expected key=value pairs joined by commas, such as "
             '"basis=user/name,rule=path"; write a comma, an equals sign or a space inside a value as %2C, %3D or %20'
         ) from None
 

@@ -75,14 +75,16 @@ class SL2OTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = SL2OTrainingArguments("tmp_trainer") if args is None else args
-        for what, value in (("basis", basis), ("rule", rule)):
+        given: dict[str, Any] = {"basis": basis, "rule": rule}
+        for what, value in given.items():
             if value is not None and str(getattr(args.optim, "value", args.optim)) not in OPTIMIZERS:
                 raise ValueError(f'{what} was given with optim="{args.optim}"; expected one of {sorted(OPTIMIZERS)}')
             if value is not None and getattr(args, f"sl2o_{what}", None) is not None:
                 raise ValueError(f"{what} was given both as an object and as args.sl2o_{what}; leave one out")
-        if basis is not None and getattr(args, "sl2o_warmup_steps", 0):
+        warming = isinstance(args, SL2OTrainingArguments) and args.sl2o_warmup_steps > 0
+        if basis is not None and warming:
             raise ValueError("sl2o_warmup_steps fits a basis, and one was given; leave one out")
-        if kwargs.get("model_init") is not None and getattr(args, "sl2o_warmup_steps", 0):
+        if kwargs.get("model_init") is not None and warming:
             raise ValueError("sl2o_warmup_steps needs a model; model_init would make a new one after the warm-up")
         self.basis = basis
         self.rule = rule
@@ -173,10 +175,10 @@ class SL2OTrainer(Trainer):
                 self.args = args
                 self.remove_callback(recorder)
                 self.optimizer = self.lr_scheduler = None
-                self.model_wrapped = self.model
+                self.model_wrapped = self.model  # type: ignore[assignment]
             if args.should_save:
-                basis = fit_basis(Trajectory(folder / "trajectory"), args.sl2o_dim, progress=not args.disable_tqdm)
-                basis.save_pretrained(Path(args.output_dir or ".") / "basis")
+                fitted = fit_basis(Trajectory(folder / "trajectory"), args.sl2o_dim, progress=not args.disable_tqdm)
+                fitted.save_pretrained(Path(args.output_dir or ".") / "basis")
             self.accelerator.wait_for_everyone()
         basis = Basis.from_pretrained(Path(args.output_dir or ".") / "basis")
         return basis.with_units(args.sl2o_units) if args.sl2o_units else basis

@@ -169,7 +169,7 @@ class LearnedOptimizer(Optimizer):
         """One computation over the concatenation of `params`, a chunk of coordinates at a time."""
         state = self._flat_state(params)
         # The border: from here on everything is in the dtype of the rule (fp32), whatever the model's.
-        g = torch.cat([p.grad.reshape(-1).to(state.exp_avg.dtype) for p in params])  # (N,)
+        g = torch.cat([p.grad.reshape(-1).to(state.exp_avg.dtype) for p in params if p.grad is not None])  # (N,)
         if group["maximize"]:
             g = -g
         finite = torch.isfinite(g).all()  # ()
