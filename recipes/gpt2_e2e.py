@@ -339,7 +339,7 @@ class Recipe:
 
     def extract(self, learning_rate: float) -> dict[str, Any]:
         trajectory = Trajectory(self.folder / "sample" / f"lr-{learning_rate:g}" / "trajectory")
-        basis = fit_basis(trajectory, self.recipe.dim, progress=not self.args.disable_tqdm)
+        basis = fit_basis(trajectory, self.recipe.dim)
         basis.save_pretrained(self.folder / "basis")
         share = basis.provenance["explained_variance"]
         print(f"  {basis.dim} directions hold {100 * share:.3f} % of the trajectory's variance", flush=True)
@@ -383,7 +383,6 @@ class Recipe:
             inner_steps=recipe.inner_steps,
             meta_epochs=recipe.meta_epochs,
             seed=self.args.seed,
-            disable_tqdm=bool(self.args.disable_tqdm),
         )
         trainer = MetaTrainer(rule, meta_args, [task])
         trainer.train()

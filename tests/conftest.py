@@ -1,0 +1,62 @@
+"""Small models and bases that many tests share."""
+
+import os
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.utils import logging
+
+from hf_sl2o import DenseBasis, Layout
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def tiny_gpt2(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=50, n_layer=2, n_head=2, n_embd=16, n_positions=16, bos_token_id=0, eos_token_id=0)
+    config.update({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
+    model = GPT2LMHeadModel(config).to(dtype)
+    model.loss_type = "ForCausalLM"
+    return model
+
+
+def random_dense(named_parameters, dim=6, seed=1, dtype=torch.float32, units=None):
+    """A basis with exactly orthonormal random directions."""
+    layout = Layout.from_named_parameters(named_parameters)
+    generator = torch.Generator().manual_seed(seed)
+    matrix = torch.linalg.qr(torch.randn(layout.n, dim, generator=generator, dtype=torch.float64))[0].T.to(dtype)
+    parts = [part.contiguous() for part in matrix.split(list(layout.numels), dim=1)]
+    compute = torch.promote_types(torch.float32, dtype)
+    units = torch.linspace(0.5, 2.0, dim, dtype=compute) if units is None else units
+    return DenseBasis(layout, parts, units)
+
+
+class Tokens(torch.utils.data.Dataset):
+    """Fixed random sentences."""
+
+    def __init__(self, rows=64, length=12, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(1, 50, (rows, length), generator=generator)
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, index):
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+@pytest.fixture
+def model():
+    return tiny_gpt2()
+
+
+@pytest.fixture
+def basis(model):
+    return random_dense(model.named_parameters())
