@@ -69,7 +69,7 @@ from hf_sl2o import (  # noqa: E402  # noqa: E402  # noqa: E402
     TrajectoryCallback,
     fit_basis,
 )
-from hf_sl2o.comparison import environment, mean_curve, mean_steps_to, plot, table  # noqa: E402
+from hf_sl2o.comparison import environment, mean_curve, mean_steps_to, plot, steps_to, table  # noqa: E402
 from hf_sl2o.files import load_json, save_json  # noqa: E402
 from hf_sl2o.trainer import last_complete_checkpoint  # noqa: E402
 
@@ -93,9 +93,9 @@ class RecipeArguments:
     trajectory_steps: int = field(default=1200, metadata={"help": "Steps of the AdamW run that is recorded."})
     snapshots: int = field(default=60, metadata={"help": "Recorded at even distances (the paper: 60)."})
     trajectory_learning_rates: list[float] = field(
-        default_factory=lambda: [3e-3, 1e-2], metadata={"help": "The best one on validation is recorded."}
+        default_factory=lambda: [1e-3, 3e-3, 1e-2], metadata={"help": "The best one on validation is recorded."}
     )
-    meta_epochs: int = field(default=25, metadata={"help": "Episodes of meta-training."})
+    meta_epochs: int = field(default=10, metadata={"help": "Episodes of meta-training."})
     inner_steps: int = field(default=200, metadata={"help": "N, steps of an episode."})
     unroll_length: int = field(default=10, metadata={"help": "T."})
     output_scale: float = field(default=1.0, metadata={"help": "Of the rule, in units of the coordinates."})
@@ -221,15 +221,20 @@ class Recipe:
     def _first_model(self) -> torch.nn.Module:
         torch.manual_seed(self.args.seed)
         recipe, eos = self.recipe, self.tokenizer.eos_token_id
+        special = {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}
         if recipe.model == "tiny":
-            config = GPT2Config(vocab_size=len(self.tokenizer), n_layer=2, n_head=2, n_embd=64, n_positions=128)
+            config = GPT2Config(
+                vocab_size=len(self.tokenizer), n_layer=2, n_head=2, n_embd=64, n_positions=128, **special
+            )
             config.update({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
             model: Any = GPT2LMHeadModel(config)
         elif recipe.from_scratch:
             sizes = {"gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024)}
             if recipe.model in sizes:
                 layers, heads, width = sizes[recipe.model]
-                config = GPT2Config(vocab_size=len(self.tokenizer), n_layer=layers, n_head=heads, n_embd=width)
+                config = GPT2Config(
+                    vocab_size=len(self.tokenizer), n_layer=layers, n_head=heads, n_embd=width, **special
+                )
             else:
                 config = AutoConfig.from_pretrained(recipe.model)
             model = AutoModelForCausalLM.from_config(config)
@@ -435,7 +440,7 @@ class Recipe:
                 "optim": arm.optim,
                 "units": best[0],
                 "learning_rate": best[1],
-                "grid": [[units, lr, tuned[units, lr]["eval"][-1][1]] for units, lr in grid],
+                "grid": [[units, lr, tuned[units, lr]["eval"]] for units, lr in grid],
                 "seeds": [self.args.seed + seed for seed in range(recipe.seeds)],
                 "train_loss": mean_curve([run["train_loss"] for run in seeds]),
                 "eval": mean_curve(evals),
@@ -471,6 +476,8 @@ class Recipe:
             name: {
                 "target": target,
                 "steps": {arm: mean_steps_to(run["eval_per_seed"], target) for arm, run in runs.items()},
+                # each arm at the learning rate of its grid that gets there first (first seed), not the chosen one
+                "fastest_of_grid": {arm: fastest(run["grid"], target) for arm, run in runs.items()},
             }
             for name, target in targets.items()
         }
@@ -534,6 +541,12 @@ class Recipe:
         result = self.sample()
         stages["sample"] = {"seconds": result["run"]["seconds"], "all_seconds": time.perf_counter() - start}
         return float(result["learning_rate"])
+
+
+def fastest(grid: list[Any], target: float) -> list[Any] | None:
+    """(units, learning rate, steps) of the run of a grid that reaches `target` first."""
+    reached = [[units, lr, steps_to(curve, target)] for units, lr, curve in grid]
+    return min((entry for entry in reached if entry[2] is not None), key=lambda entry: entry[2], default=None)
 
 
 def finite(loss: float) -> float:
