@@ -52,7 +52,7 @@ class TrajectoryCallback(TrainerCallback):
     ) -> None:
         if every_steps is not None and every_epochs is not None:
             raise ValueError("give every_steps or every_epochs, not both")
-        if min(every_steps or 1, every_epochs or 1) < 1:
+        if min(1 if every is None else every for every in (every_steps, every_epochs)) < 1:
             raise ValueError("every_steps and every_epochs must be at least 1")
         self.trajectory = Trajectory(folder)
         self.every_steps = every_steps

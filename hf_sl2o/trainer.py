@@ -97,9 +97,11 @@ class SL2OTrainer(Trainer):
         self, args: TrainingArguments, model: Any = None
     ) -> tuple[Any, Any]:
         factory, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if args.optim not in OPTIMIZERS:  # the warm-up, or a full-space run
+            return factory, options
         if self.rule is not None:
             options["rule"] = self.rule
-        if self.basis is not None and args.optim in OPTIMIZERS:
+        if self.basis is not None:
             options.update(basis=self.basis, max_grad_norm=take_over_clipping(args))
         return factory, options
 

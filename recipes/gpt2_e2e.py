@@ -98,8 +98,12 @@ class RecipeArguments:
     meta_epochs: int = field(default=10, metadata={"help": "Episodes of meta-training."})
     inner_steps: int = field(default=200, metadata={"help": "N, steps of an episode."})
     unroll_length: int = field(default=10, metadata={"help": "T."})
-    output_scale: float = field(default=1.0, metadata={"help": "Of the rule, in units of the coordinates."})
+    output_scale: float | None = field(
+        default=None,
+        metadata={"help": "Of the rule, in units of the coordinates; default: 1 in a basis, 0.01 in lora."},
+    )
     rule: str | None = field(default=None, metadata={"help": "Use this rule instead of meta-training one."})
+    save_rule: str | None = field(default=None, metadata={"help": "Keep the rule here, with how it was made."})
     arms: list[str] | None = field(default=None, metadata={"help": "Default: all that make sense."})
     quick_grid: bool = field(
         default=False, metadata={"help": "Two learning rates in each coordinates instead of up to four."}
@@ -287,6 +291,7 @@ class Recipe:
             train_dataset=self.train_set,
             eval_dataset=self.eval_set,
             data_collator=collate,
+            processing_class=self.tokenizer,
             callbacks=[*callbacks, Bar()],
             **objects,
         )
@@ -376,9 +381,11 @@ class Recipe:
                 collate(self.eval_set.examples[i : i + 64]) for i in range(0, min(256, len(self.eval_set)), 64)
             ],
         )
-        scale = {"output_scale": recipe.output_scale}
-        preset = "paper-transformer" if recipe.subspace == "lora" else "paper-cnn"
-        config = dataclasses.replace(RuleConfig.preset(preset), **({} if recipe.subspace == "lora" else scale))
+        lora = recipe.subspace == "lora"
+        scale = recipe.output_scale or (0.01 if lora else 1.0)
+        config = dataclasses.replace(
+            RuleConfig.preset("paper-transformer" if lora else "paper-cnn"), output_scale=scale
+        )
         torch.manual_seed(self.args.seed)
         rule: Rule = LSTMRule(config)
         folder = self.folder / "rule" / key
@@ -391,6 +398,14 @@ class Recipe:
         )
         trainer = MetaTrainer(rule, meta_args, [task])
         trainer.train()
+        provenance = {
+            "command": " ".join(["python", *sys.argv]),
+            "recipe": dataclasses.asdict(recipe),
+            "meta": {**dataclasses.asdict(meta_args), "output_dir": None},
+            "log": trainer.log_history,
+            "environment": environment(Path(__file__).parent),
+        }
+        save_json(folder / "provenance.json", provenance)
         trained = recipe.meta_epochs * recipe.inner_steps
         validations = sum("validation_loss" in entry for entry in trainer.log_history)
         return {
@@ -518,6 +533,10 @@ class Recipe:
             key = stamp(self.key, basis.fingerprint, [getattr(recipe, name) for name in meta])
             stages["meta"] = stage(self.folder, "meta", key, lambda: self.meta(basis, key))
             rule = Rule.from_pretrained(self.folder / stages["meta"]["rule"])
+            if recipe.save_rule and PartialState().is_main_process:
+                Path(recipe.save_rule).mkdir(parents=True, exist_ok=True)
+                for name in ("config.json", "model.safetensors", "README.md", "provenance.json"):
+                    shutil.copy(self.folder / stages["meta"]["rule"] / name, recipe.save_rule)
         else:
             rule = Rule.from_pretrained(recipe.rule)
         print("[train]", flush=True)
