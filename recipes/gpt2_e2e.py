@@ -349,7 +349,8 @@ class Recipe:
 
     def extract(self, learning_rate: float) -> dict[str, Any]:
         trajectory = Trajectory(self.folder / "sample" / f"lr-{learning_rate:g}" / "trajectory")
-        basis = fit_basis(trajectory, self.recipe.dim)
+        large = trajectory.layout is not None and trajectory.layout.n > 20_000_000
+        basis = fit_basis(trajectory, self.recipe.dim, dtype=torch.bfloat16 if large else torch.float32)
         basis.save_pretrained(self.folder / "basis")
         share = basis.provenance["explained_variance"]
         print(f"  {basis.dim} directions hold {100 * share:.3f} % of the trajectory's variance", flush=True)

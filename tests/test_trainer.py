@@ -1,4 +1,4 @@
-"""SL2OTrainer and plain Trainer: saving, resuming to the bit, accumulation, precision, schedules, PEFT, one-run warm-up."""
+"""SL2OTrainer and Trainer: saving, resuming to the bit, accumulation, precision, schedules, PEFT, warm-up."""
 
 import dataclasses
 import shutil

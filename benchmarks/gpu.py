@@ -1,0 +1,83 @@
+"""The main job at real size on one GPU, in under ten minutes: GPT-2 124M from its config, E2E, bf16, d = 40.
+
+    python benchmarks/gpu.py --data FOLDER --json benchmarks/results/gpu.json
+
+FOLDER holds train.csv and validation.csv of E2E, and `gpt2_tokenizer/`. Needs torch, transformers, accelerate, peft and
+safetensors. Schedules are short: this measures that it works and what it costs, not how good it gets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes"), str(ROOT / "benchmarks")]
+
+import gpt2_e2e  # noqa: E402
+import step_cost  # noqa: E402
+
+from hf_sl2o.comparison import environment  # noqa: E402
+from hf_sl2o.files import save_json  # noqa: E402
+
+ARMS = ["sl2o", "subspace_adamw", "subspace_adamw_orthonormal", "subspace_momentum", "adamw"]
+
+
+def real_size(data: Path) -> list[str]:
+    flags = "--model gpt2 --from_scratch --bf16 --seeds 1 --trajectory_steps 600 --snapshots 50 --max_steps 100"
+    flags += " --meta_epochs 2 --inner_steps 100 --eval_rows 256 --eval_steps 10 --quick_grid --save_strategy no"
+    flags += " --trajectory_learning_rates 0.0006"
+    return [*flags.split(), "--tokenizer", str(data / "gpt2_tokenizer"), "--data", str(data)]
+
+
+def smoke(data: Path) -> list[str]:
+    flags = (
+        "--use_cpu --seeds 1 --trajectory_steps 30 --snapshots 15 --dim 6 --max_steps 4 --eval_steps 2 --meta_epochs 1"
+    )
+    flags += " --inner_steps 10 --train_rows 200 --eval_rows 32 --quick_grid --save_strategy no"
+    return [*flags.split(), "--trajectory_learning_rates", "0.003", "--data", str(data)]
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--smoke", action="store_true", help="the same code at toy size, on a CPU too")
+    options = parser.parse_args(argv)
+    if not torch.cuda.is_available() and not options.smoke:
+        sys.exit("there is no GPU here (torch.cuda.is_available() is False); --smoke runs the same code at toy size")
+    start = time.perf_counter()
+    print("[step cost]", flush=True)
+    size = "tiny" if options.smoke else "gpt2"
+    rows = step_cost.benchmark(size, rounds=5 if options.smoke else 40)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    work = Path(tempfile.mkdtemp(prefix="hf_sl2o_gpu_"))
+    try:
+        flags = smoke(options.data) if options.smoke else real_size(options.data)
+        comparison = gpt2_e2e.main([*flags, "--output_dir", str(work), "--arms", *ARMS])
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    result = {
+        "benchmark": "gpu",
+        "rows": rows,
+        "main_job": comparison,
+        "seconds": time.perf_counter() - start,
+        "environment": environment(ROOT),
+    }
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        save_json(options.json, result)
+    print(f"{result['environment']['device']}: {result['seconds']:.0f} s")
+    return result
+
+
+if __name__ == "__main__":
+    main()

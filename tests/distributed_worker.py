@@ -1,0 +1,42 @@
+"""What each process of test_distributed runs: a short SL2OTrainer run whose end is written per rank."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from hf_sl2o import LSTMRule, RuleConfig, SL2OTrainer, SL2OTrainingArguments, TrajectoryCallback  # noqa: E402
+from tests.conftest import Tokens, random_dense, tiny_gpt2  # noqa: E402
+
+
+def main(folder: str, batch: int, mode: str) -> None:
+    rank = int(os.environ.get("RANK", "0"))
+    model = tiny_gpt2(seed=0)
+    options = {"max_steps": 6, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+    options |= {"per_device_train_batch_size": batch, "logging_steps": 1, "max_grad_norm": 0.05}
+    objects, callbacks = {}, []
+    if mode == "warmup":
+        options |= {"sl2o_warmup_steps": 12, "sl2o_snapshots": 7, "sl2o_dim": 4}
+    else:
+        objects["basis"] = random_dense(model.named_parameters())
+    torch.manual_seed(2)
+    objects["rule"] = LSTMRule(RuleConfig(output_scale=0.3))
+    if mode == "record":
+        callbacks = [TrajectoryCallback(Path(folder) / "trajectory", every_steps=3)]
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        options["ddp_backend"] = "gloo"
+    args = SL2OTrainingArguments(str(Path(folder) / "out"), **options)
+    trainer = SL2OTrainer(model, args, train_dataset=Tokens(), callbacks=callbacks, **objects)
+    trainer.train()
+    tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tensors["c"] = trainer.subspace_optimizer.coefficients
+    tensors["losses"] = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    save_file(tensors, Path(folder) / f"rank-{rank}.safetensors")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

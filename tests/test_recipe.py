@@ -1,0 +1,211 @@
+"""recipes/gpt2_e2e.py at toy size: all stages and arms, kills and restarts, every subspace, bad data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from hf_sl2o import Rule
+from hf_sl2o.comparison import mean_steps_to, steps_to, table
+from recipes import gpt2_e2e
+from recipes.e2e_data import E2EDataset, collate, load_rows, train_tokenizer
+from recipes.e2e_embedded import write_csv
+
+SMALL = """--train_rows 300 --eval_rows 40 --trajectory_steps 30 --snapshots 15 --dim 6
+--trajectory_learning_rates 0.01 --meta_epochs 2 --inner_steps 20 --max_steps 6 --eval_steps 2
+--logging_steps 2 --save_steps 2 --quick_grid --per_device_train_batch_size 8 --use_cpu""".split()
+ALL_ARMS = set(gpt2_e2e.ARMS)
+
+
+def recipe(folder, *flags):
+    return gpt2_e2e.main([*SMALL, "--output_dir", str(folder), *flags])
+
+
+def timeless(value):
+    """Without what differs between equal runs."""
+    if isinstance(value, dict):
+        return {
+            k: timeless(v) for k, v in value.items() if "seconds" not in k and k not in ("peak_bytes", "environment")
+        }
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    return folder, recipe(folder, "--seeds", "2")
+
+
+def test_comparison_has_what_the_documentation_says(finished):
+    folder, result = finished
+    assert json.loads((folder / "comparison.json").read_text())["runs"].keys() == result["runs"].keys() == ALL_ARMS
+    for name, run in result["runs"].items():
+        assert {"learning_rate", "seeds", "train_loss", "eval", "final_eval_loss", "seconds", "peak_bytes"} <= set(run)
+        assert len(run["seeds"]) == 2 == len(run["eval_per_seed"]) and run["eval"][0][0] == 0, name
+        assert [step for step, _ in run["eval"]][-1] == (30 if name == "adamw" else 6)
+        chosen = min(curve[-1][1] for _, _, curve in run["grid"])
+        assert run["eval_per_seed"][0][-1][1] == chosen
+        assert list((folder / name).glob("checkpoint-*")), name
+    assert set(result["steps_to"]) == {"adamw_orthonormal_at_300", "adamw_whitened_final"}
+    for entry in result["steps_to"].values():
+        assert set(entry["steps"]) == ALL_ARMS and entry["target"] > 0
+    assert result["amortised"]["trajectory"] == 30 and result["amortised"]["meta_training"] == 2 * 20 + 2 * 20
+    assert result["environment"]["versions"]["torch"] and (folder / "comparison.png").stat().st_size > 10_000
+    first = {run["eval"][0][1] for run in result["runs"].values()}
+    assert max(first) - min(first) < 1e-6  # all arms start from the same weights
+
+
+def test_checkpoints_load_with_plain_transformers(finished):
+    folder, result = finished
+    model = AutoModelForCausalLM.from_pretrained(folder / "sl2o" / "checkpoint-6")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "sl2o" / "checkpoint-6")
+    rows = load_rows("embedded", "validation", 40)
+    model.eval()
+    with torch.no_grad():
+        batch = collate(E2EDataset(rows, tokenizer).examples)
+        loss = float(model(**batch).loss)
+    assert loss == pytest.approx(result["runs"]["sl2o"]["eval_per_seed"][0][-1][1], rel=1e-4)
+    saved = load_file(folder / "sl2o" / "checkpoint-6" / "coefficients.safetensors")
+    assert saved["coefficients"].shape == (6,)
+
+
+def test_a_second_start_runs_nothing_again(finished, monkeypatch, capsys):
+    folder, result = finished
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("trained again")
+
+    for target in (gpt2_e2e.SL2OTrainer, gpt2_e2e.MetaTrainer):
+        monkeypatch.setattr(target, "train", refuse)
+    monkeypatch.setattr(gpt2_e2e, "fit_basis", refuse)
+    again = recipe(folder, "--seeds", "2")
+    assert timeless(again) == timeless(result)
+    assert "[meta] done before, same settings" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="trained again"):
+        recipe(folder, "--seeds", "2", "--inner_steps", "10")
+
+
+def test_killed_anywhere_it_goes_on_to_the_same_result(finished, tmp_path, monkeypatch):
+    """Kills in the trajectory, in meta-training, in an arm, and between a checkpoint and the end of a run."""
+    _, result = finished
+    steps = {"left": 0}
+
+    class Killed(BaseException):
+        pass
+
+    class Killer(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps["left"] -= 1
+            if steps["left"] == 0:
+                raise Killed
+
+    original = gpt2_e2e.Bar
+    monkeypatch.setattr(gpt2_e2e, "Bar", lambda: Killer())
+    episode = gpt2_e2e.MetaTrainer.episode
+    episodes = {"left": 2}
+
+    def dying_episode(self, *args, **kwargs):
+        episodes["left"] -= 1
+        if episodes["left"] == 0:
+            raise Killed
+        return episode(self, *args, **kwargs)
+
+    monkeypatch.setattr(gpt2_e2e.MetaTrainer, "episode", dying_episode)
+    kills = 0
+    for left in (13, 10_000, 5, 20):
+        steps["left"] = left
+        try:
+            recipe(tmp_path, "--seeds", "2")
+        except Killed:
+            kills += 1
+    assert kills == 4
+    monkeypatch.setattr(gpt2_e2e, "Bar", original)
+    assert timeless(recipe(tmp_path, "--seeds", "2")) == timeless(result)
+
+
+@pytest.mark.parametrize("subspace", ["pca-lora", "lora", "random"])
+def test_other_subspaces(subspace, tmp_path):
+    arms = ["sl2o", "subspace_adamw", "subspace_momentum", "adamw"]
+    flags = ["--subspace", subspace, "--seeds", "1", "--meta_epochs", "1", "--save_rule", str(tmp_path / "rule")]
+    result = recipe(tmp_path / "out", *flags, "--arms", *arms)
+    expected = set(arms) - ({"subspace_adamw"} if subspace == "lora" else set())
+    assert set(result["runs"]) == expected
+    assert result["amortised"]["trajectory"] == (30 if subspace == "pca-lora" else 0)
+    rule = Rule.from_pretrained(tmp_path / "rule")
+    assert (rule.config.log_sign == 10.0) == (subspace == "lora")
+    assert json.loads((tmp_path / "rule" / "provenance.json").read_text())["environment"]["versions"]
+    if subspace != "random":
+        assert (tmp_path / "out" / "sl2o" / "checkpoint-6" / "adapter_model.safetensors").is_file()
+
+
+def test_real_architecture_from_its_config(tmp_path):
+    rows = load_rows("embedded", "train", 50)
+    train_tokenizer(rows, 400).save_pretrained(tmp_path / "tokenizer")
+    args = gpt2_e2e.RecipeArguments(model="gpt2", from_scratch=True, tokenizer=str(tmp_path / "tokenizer"))
+    settings = gpt2_e2e.SL2OTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    args.train_rows, args.eval_rows = 20, 10
+    model = gpt2_e2e.Recipe(args, settings).start
+    assert (model.config.n_layer, model.config.n_embd, model.config.vocab_size) == (12, 768, 400)
+
+
+def test_bad_data(tmp_path):
+    with pytest.raises(FileNotFoundError, match="looked for .*train.csv"):
+        recipe(tmp_path / "out", "--data", str(tmp_path / "nothing"))
+    write_csv(tmp_path / "csv", train=20, validation=5)
+    (tmp_path / "csv" / "validation.csv").write_text("mr,ref\n")
+    with pytest.raises(ValueError, match="validation.csv has no rows"):
+        recipe(tmp_path / "out", "--data", str(tmp_path / "csv"))
+    (tmp_path / "csv" / "train.csv").write_text("mr,sentence\na,b\n")
+    with pytest.raises(ValueError, match=r"train.csv has the columns \['mr', 'sentence'\], and lacks 'ref'"):
+        recipe(tmp_path / "out", "--data", str(tmp_path / "csv"))
+    with pytest.raises(ValueError, match="--subspace is 'pca'"):
+        recipe(tmp_path / "out", "--subspace", "pca")
+    with pytest.raises(ValueError, match="--arms has 'adam'"):
+        recipe(tmp_path / "out", "--arms", "adam")
+
+
+def test_loss_is_on_the_sentence_only():
+    rows = [{"mr": "name[A]", "ref": "A is a pub."}, {"mr": "name[Bluebell], food[French]", "ref": "Bluebell."}]
+    tokenizer = train_tokenizer(rows, 300)
+    dataset = E2EDataset(rows, tokenizer)
+    for row, example in zip(rows, dataset.examples, strict=True):
+        kept = [i for i in example["labels"].tolist() if i != -100]
+        assert tokenizer.decode(kept) == f" {row['ref']}<eos>"
+    batch = collate(dataset.examples)
+    short = min(len(example["labels"]) for example in dataset.examples)
+    assert batch["labels"].shape[0] == 2 and (batch["labels"][:, short:] == -100).any()
+
+
+@pytest.mark.skipif(not os.environ.get("HF_SL2O_DATA"), reason="needs the released E2E CSVs: HF_SL2O_DATA=FOLDER")
+def test_released_data():
+    folder = str(Path(os.environ["HF_SL2O_DATA"]) / "e2e_nlg")
+    rows = load_rows(folder, "validation")
+    assert len(rows) > 4000 and len({row["mr"] for row in rows}) > 500
+    dataset = E2EDataset(rows[:200], train_tokenizer(load_rows(folder, "train", 2000)))
+    assert len(dataset) == 200
+
+
+def test_steps_and_table():
+    curve = [[0, 3.0], [10, 2.0], [20, 1.0]]
+    assert steps_to(curve, 2.0) == 10 and steps_to(curve, 0.5) is None
+    assert mean_steps_to([curve, [[0, 1.5], [10, 1.0]]], 1.5) == 10 and mean_steps_to([curve, [[0, 9.0]]], 1.5) is None
+    run = {"learning_rate": 1.0, "final_eval_loss": 1.0, "seconds": 2.0, "state_bytes": 1000}
+    comparison = {"runs": {"a": run, "b": run}, "steps_to": {"x": {"target": 1.0, "steps": {"a": None, "b": 10}}}}
+    lines = table(comparison).splitlines()
+    assert lines[2].startswith("| b") and "never" in lines[3] and len({len(line) for line in lines}) == 1
+
+
+def test_runs_as_a_script():
+    out = subprocess.run(
+        [sys.executable, "recipes/gpt2_e2e.py", "--help"],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert out.returncode == 0 and "--subspace" in out.stdout and "--learning_rate" in out.stdout
