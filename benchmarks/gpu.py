@@ -2,8 +2,8 @@
 
     python benchmarks/gpu.py --data FOLDER --json benchmarks/results/gpu.json
 
-FOLDER holds train.csv and validation.csv of E2E, and `gpt2_tokenizer/`. Needs torch, transformers, accelerate, peft and
-safetensors. Schedules are short: this measures that it works and what it costs, not how good it gets.
+FOLDER holds train.csv and validation.csv of E2E, and `gpt2_tokenizer/`. Needs torch, transformers, accelerate, peft
+and safetensors. Schedules are short: this measures that it works and what it costs, not how good it gets.
 """
 
 from __future__ import annotations

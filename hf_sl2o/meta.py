@@ -172,7 +172,7 @@ class MetaTrainer:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             run = InnerRun(task, seed)
-            self.rule.to(run.device)
+            self._to(run.device)
             c = torch.zeros(run.basis.dim, device=run.device, dtype=run.basis.compute_dtype)
             state = self.rule.init_state(run.basis.dim, device=run.device, dtype=c.dtype)
             first = mean = float("nan")
@@ -197,6 +197,11 @@ class MetaTrainer:
                 c, state = c.detach(), state.detach()
         seconds = time.perf_counter() - start
         return {"first_loss": first, "last_loss": mean, "steps": done, "diverged": diverged, "seconds": seconds}
+
+    def _to(self, device: torch.device) -> None:
+        self.rule.to(device)
+        for state in self.optimizer.state.values():  # a resumed Adam was loaded where the rule was then
+            state.update({key: value.to(device) for key, value in state.items() if key != "step"})
 
     def _validate(self) -> None:
         """Mean held-out loss of the frozen rule at 1/8, 1/4, 1/2 and all of N: speed counts as much as the end."""

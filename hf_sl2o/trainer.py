@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, TrainOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, TrainOutput, set_seed
 from transformers.training_args import OptimizerNames
 
 from .arguments import OPTIMIZERS, SL2OTrainingArguments
 from .callbacks import SubspaceLogCallback, TrajectoryCallback, unwrap_optimizer
-from .files import load_tensors, save_tensors
+from .files import load_json, load_tensors, save_tensors
 from .optim import SubspaceOptimizer
 from .registry import take_over_clipping
 from .rule import Rule
@@ -40,6 +40,11 @@ def last_complete_checkpoint(folder: str | Path) -> str | None:
     return max(numbered)[1] if numbered else None
 
 
+def steps_done(checkpoint: str | Path) -> int:
+    """Returns the global step of a checkpoint."""
+    return int(load_json(Path(checkpoint) / "trainer_state.json")["global_step"])
+
+
 class SL2OTrainer(Trainer):
     """Hugging Face's Trainer with a learned optimizer, or any torch optimizer, in a subspace.
 
@@ -59,9 +64,17 @@ class SL2OTrainer(Trainer):
     Example:
 
     ```python
-    >>> from hf_sl2o import SL2OTrainer, SL2OTrainingArguments
-    >>> args = SL2OTrainingArguments("out", sl2o_basis="user/basis", max_steps=2000)
-    >>> trainer = SL2OTrainer(model, args, train_dataset=train)  # doctest: +SKIP
+    >>> import torch
+    >>> from hf_sl2o import Layout, RandomBasis, SL2OTrainer, SL2OTrainingArguments
+    >>> class Net(torch.nn.Linear):
+    ...     def forward(self, x, labels):
+    ...         return {"loss": (super().forward(x) - labels).square().mean()}
+    >>> model, data = Net(8, 4), [{"x": torch.ones(8), "labels": torch.zeros(4)}] * 8
+    >>> basis = RandomBasis(Layout.from_named_parameters(model.named_parameters()), dim=5)
+    >>> args = SL2OTrainingArguments("out", max_steps=3, report_to="none", use_cpu=True)
+    >>> trainer = SL2OTrainer(model, args, basis=basis, train_dataset=data)
+    >>> trainer.train().global_step
+    3
     ```
     """
 
@@ -171,8 +184,12 @@ class SL2OTrainer(Trainer):
             logger.info("warm-up: %d steps with AdamW, recorded in %s", args.sl2o_warmup_steps, folder)
             self.args = _warmup_arguments(args, folder)
             self.add_callback(recorder)
+            checkpoint = last_complete_checkpoint(folder) if resuming else None
             try:
-                super().train(resume_from_checkpoint=last_complete_checkpoint(folder) if resuming else None)
+                if checkpoint is not None and steps_done(checkpoint) >= args.sl2o_warmup_steps:
+                    self._load_from_checkpoint(checkpoint)  # resuming a finished run would add a step to it
+                else:
+                    super().train(resume_from_checkpoint=checkpoint)
             finally:
                 self.args = args
                 self.remove_callback(recorder)
@@ -182,6 +199,7 @@ class SL2OTrainer(Trainer):
                 fitted = fit_basis(Trajectory(folder / "trajectory"), args.sl2o_dim, progress=not args.disable_tqdm)
                 fitted.save_pretrained(Path(args.output_dir or ".") / "basis")
             self.accelerator.wait_for_everyone()
+            set_seed(args.seed)
         basis = Basis.from_pretrained(Path(args.output_dir or ".") / "basis")
         return basis.with_units(args.sl2o_units) if args.sl2o_units else basis
 

@@ -71,7 +71,7 @@ from hf_sl2o import (  # noqa: E402  # noqa: E402  # noqa: E402
 )
 from hf_sl2o.comparison import environment, mean_curve, mean_steps_to, plot, steps_to, table  # noqa: E402
 from hf_sl2o.files import load_json, save_json  # noqa: E402
-from hf_sl2o.trainer import last_complete_checkpoint  # noqa: E402
+from hf_sl2o.trainer import last_complete_checkpoint, steps_done  # noqa: E402
 
 logger = logging.getLogger("gpt2_e2e")
 
@@ -299,6 +299,9 @@ class Recipe:
         reset_peak()
         start = time.perf_counter()
         resume = last_complete_checkpoint(folder)
+        if resume is not None and steps_done(resume) >= args.max_steps:  # Trainer would add a step to a finished run
+            shutil.rmtree(resume)
+            resume = last_complete_checkpoint(folder)
         trainer.train(resume_from_checkpoint=resume)
         seconds = time.perf_counter() - start
         history = trainer.state.log_history
@@ -519,8 +522,10 @@ class Recipe:
             "environment": environment(Path(__file__).parent),
         }
         save_json(self.folder / "comparison.json", comparison)
-        if steps_to:
+        try:
             plot(comparison, self.folder / "comparison.png")
+        except ImportError as error:
+            print(f"no figure: {error}")
         return comparison
 
     def main(self) -> dict[str, Any] | None:

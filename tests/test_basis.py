@@ -146,7 +146,13 @@ def test_damaged_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="truncated"):
         Basis.from_pretrained(tmp_path)
     weights.write_bytes(whole)
-    for broken, message in (({**settings, "extra": 1}, "unknown key 'extra'"), ({"basis": "pca"}, "expected one of")):
+    for broken, message in (
+        ({**settings, "extra": 1}, "unknown key 'extra'"),
+        ({"basis": "pca"}, "expected one of"),
+        ({**settings, "layout": {}}, "malformed"),
+        ({**settings, "spans": [[0]]}, "."),
+        ({**settings, "dim": 7}, "says dim 7, the file has 4"),
+    ):
         config.write_text(json.dumps(broken))
         with pytest.raises(ValueError, match=message):
             Basis.from_pretrained(tmp_path)

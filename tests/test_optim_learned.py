@@ -294,6 +294,17 @@ def test_hooks_copies_and_pickles():
     assert equal(train(*pair, 2, first=2), train(model, optimizer, 2, first=2))
 
 
+def test_step_compiles():
+    a, b = net(), net()
+    optimizer = LearnedOptimizer(a.parameters(), rule())
+    train(a, optimizer, 1)
+    backward(a, 1)
+    torch.compile(optimizer.step, backend="eager")()
+    train(b, LearnedOptimizer(b.parameters(), rule()), 2)
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_long_parameters_are_handled_in_chunks():
     torch.manual_seed(0)
     gradient = torch.randn(20_001)

@@ -345,7 +345,19 @@ def test_loading_coefficients():
         optimizer.load_coefficients(torch.zeros(5))
 
 
-def test_hooks_copies_pickles_and_compile():
+def test_step_compiles():
+    a, b = net(), net()
+    basis = random_dense(a.named_parameters(), dim=4)
+    compiled, plain = make(a, "lstm", basis=basis), make(b, "lstm", basis=basis)
+    train(a, compiled, 1)
+    backward(a, 1)
+    torch.compile(compiled.step, backend="eager")()
+    train(b, plain, 2)
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_hooks_copies_and_pickles():
     model, seen = net(), []
     optimizer = make(model, "lstm")
     optimizer.register_step_pre_hook(lambda *args: seen.append(1))

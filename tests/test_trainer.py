@@ -296,7 +296,11 @@ def warm(tmp_path, **options):
     )
 
 
-@pytest.mark.parametrize("where, step", [("warmup", 9), ("run", 3)], ids=["while warming up", "in the subspace"])
+@pytest.mark.parametrize(
+    "where, step",
+    [("warmup", 9), ("run", 1), ("run", 3)],
+    ids=["while warming up", "before the first checkpoint", "in the subspace"],
+)
 def test_one_run_warms_up_fits_and_goes_on_and_survives_kills(tmp_path, where, step):
     whole = warm(tmp_path / "whole" / "run")
     folder = tmp_path / "whole" / "run"

@@ -218,7 +218,10 @@ class Basis(HubFiles):
             )
         if not issubclass(kinds[kind], cls):
             raise ValueError(f"{where} holds a {kind} basis, not a {cls.__name__}; load it with Basis.from_pretrained")
-        return kinds[kind]._load(config, tensors, where)  # type: ignore[return-value]
+        try:
+            return kinds[kind]._load(config, tensors, where)  # type: ignore[return-value]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"config.json in {where} is malformed ({error!r}); restore it from its source") from error
 
     @classmethod
     @abstractmethod

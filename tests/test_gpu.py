@@ -1,0 +1,57 @@
+"""On a CUDA device: no host synchronisation in step, capture in a CUDA graph, the same numbers as on the CPU."""
+
+import pytest
+import torch
+
+from hf_sl2o import LearnedOptimizer, SubspaceOptimizer
+
+from .conftest import random_dense
+from .test_optim_learned import net, rule
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def backward(model, seed):
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)).to(next(model.parameters()).device)
+    model.zero_grad(set_to_none=False)
+    (model(x) - x[:, :1]).square().mean().backward()
+
+
+def test_step_never_waits_for_the_device_and_equals_the_cpu():
+    ends = []
+    for device in ("cpu", "cuda"):
+        model = net().to(device)
+        basis = random_dense(model.named_parameters(), dim=4)
+        optimizer = SubspaceOptimizer(model.named_parameters(), basis, rule())
+        for step in range(2):
+            backward(model, step)
+            optimizer.step()
+        backward(model, 2)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        ends.append([p.detach().cpu() for p in model.parameters()])
+    for a, b in zip(*ends, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_capturable_step_in_a_cuda_graph():
+    model, twin = net().cuda(), net().cuda()
+    optimizer = LearnedOptimizer(model.parameters(), rule(), capturable=True)
+    plain = LearnedOptimizer(twin.parameters(), rule(), capturable=True)
+    for m, o in ((model, optimizer), (twin, plain)):
+        backward(m, 0)
+        o.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    graph.replay()
+    plain.step()
+    torch.cuda.synchronize()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q)
