@@ -300,7 +300,10 @@ class Recipe:
         start = time.perf_counter()
         resume = last_complete_checkpoint(folder)
         if resume is not None and steps_done(resume) >= args.max_steps:  # Trainer would add a step to a finished run
-            shutil.rmtree(resume)
+            state.wait_for_everyone()
+            if state.is_main_process:
+                shutil.rmtree(resume)
+            state.wait_for_everyone()
             resume = last_complete_checkpoint(folder)
         trainer.train(resume_from_checkpoint=resume)
         seconds = time.perf_counter() - start

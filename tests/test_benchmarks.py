@@ -1,0 +1,51 @@
+"""The benchmarks run, write the documented JSON, and say when there is no GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.e2e_embedded import write_csv
+
+ROOT = Path(__file__).parent.parent
+
+
+def benchmark(*words):
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
+
+
+def test_step_cost(tmp_path):
+    out = benchmark("benchmarks/step_cost.py", "--quick", "--json", str(tmp_path / "x.json"))
+    assert out.returncode == 0, out.stderr[-2000:]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "x.json").read_text())["rows"]}
+    assert set(rows) == {
+        "adamw_fused_step",
+        "sl2o_step_vs_adamw_fused",
+        "plain_copy_bandwidth",
+        "project_bandwidth",
+        "lift_bandwidth",
+    }
+    step = rows["sl2o_step_vs_adamw_fused"]
+    assert step["ratio"] == pytest.approx(step["value"] / rows["adamw_fused_step"]["value"])
+    assert step["baseline"] == rows["adamw_fused_step"]["value"] and rows["project_bandwidth"]["value"] > 0
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_at_toy_size(tmp_path):
+    write_csv(tmp_path, train=200, validation=40)
+    words = ["benchmarks/gpu.py", "--data", str(tmp_path), "--json", str(tmp_path / "x.json"), "--smoke"]
+    out = benchmark(*words)
+    assert out.returncode == 0, out.stderr[-2000:]
+    result = json.loads((tmp_path / "x.json").read_text())
+    assert len(result["rows"]) == 5 and set(result["main_job"]["runs"]) >= {"sl2o", "subspace_adamw", "adamw"}
+    assert result["environment"]["device"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    out = benchmark("benchmarks/gpu.py", "--data", "x")
+    assert out.returncode == 1 and "there is no GPU here" in out.stderr
