@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 #: Our `optim` names and the learning rate of a user who sets none. 1.0 is the step size a rule was meta-trained at,
 #: and the paper's for SGD in the subspace (supplement, Table 1); 0.3 is what validation chose for AdamW in whitened
@@ -68,7 +71,10 @@ class SL2OTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.learning_rate is None:
-            self.learning_rate = OPTIMIZERS.get(str(getattr(self.optim, "value", self.optim)), _TRAINER_LEARNING_RATE)
+            name = str(getattr(self.optim, "value", self.optim))
+            self.learning_rate = OPTIMIZERS.get(name, _TRAINER_LEARNING_RATE)
+            if name in OPTIMIZERS:
+                logger.warning('learning_rate is not set: optim="%s" takes its own, %g', name, self.learning_rate)
         super().__post_init__()
         if self.sl2o_units not in (None, "std", "orthonormal"):
             raise ValueError(f'sl2o_units is {self.sl2o_units!r}, expected "std" or "orthonormal"')

@@ -41,6 +41,28 @@ def environment(folder: str | Path = ".") -> dict[str, Any]:
     }
 
 
+def reset_peak() -> None:
+    """Starts measuring the peak anew (Linux resets a process' high-water mark by writing 5 here)."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        pass
+
+
+def peak_bytes() -> int | None:
+    """Peak of device memory, or of the process' resident memory on a CPU; None where it cannot be had."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), None)
+
+
 def steps_to(evals: Sequence[Sequence[float]], target: float) -> int | None:
     """Returns the first evaluated step whose loss is at most `target`, or None.
 

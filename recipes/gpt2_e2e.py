@@ -69,7 +69,8 @@ from hf_sl2o import (  # noqa: E402  # noqa: E402  # noqa: E402
     TrajectoryCallback,
     fit_basis,
 )
-from hf_sl2o.comparison import environment, mean_curve, mean_steps_to, plot, steps_to, table  # noqa: E402
+from hf_sl2o.comparison import environment, mean_curve, mean_steps_to, peak_bytes, plot  # noqa: E402
+from hf_sl2o.comparison import reset_peak, steps_to, table  # noqa: E402
 from hf_sl2o.files import load_json, save_json  # noqa: E402
 from hf_sl2o.trainer import last_complete_checkpoint, steps_done  # noqa: E402
 
@@ -140,9 +141,7 @@ ARMS = {
     "sl2o": Arm("sl2o", _grid(std=(1.0,))),
     "subspace_adamw": Arm("subspace_adamw", _grid(std=(0.3, 0.1, 1.0, 0.03))),
     "subspace_adamw_orthonormal": Arm("subspace_adamw", _grid(orthonormal=(0.3, 1.0, 0.1, 3.0))),
-    "subspace_momentum": Arm(
-        "subspace_sgd", _grid(orthonormal=(1.0, 3.0, 0.3), std=(0.1, 0.03, 0.3)), momentum=0.9
-    ),
+    "subspace_momentum": Arm("subspace_sgd", _grid(orthonormal=(1.0, 3.0, 0.3), std=(0.1, 0.03, 0.3)), momentum=0.9),
     "subspace_sgd": Arm("subspace_sgd", _grid(orthonormal=(10.0, 3.0, 30.0), std=(1.0, 0.3, 3.0))),
     "adamw": Arm("adamw_torch", ()),  # the recorded run's learning rate and schedule
     "random": Arm("subspace_adamw", _grid(orthonormal=(1.0, 3.0, 0.3, 10.0)), basis="random"),
@@ -582,33 +581,12 @@ def finite(loss: float) -> float:
     return loss if loss == loss else float("inf")
 
 
-def reset_peak() -> None:
-    """Starts measuring the peak anew (Linux resets a process' high-water mark by writing 5 here)."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return
-    try:
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass
-
-
-def peak_bytes() -> int | None:
-    """Peak of device memory, or of the process' resident memory on a CPU; None where it cannot be had."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")), None)
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     parser = HfArgumentParser((RecipeArguments, SL2OTrainingArguments))  # type: ignore[arg-type]
     parser.set_defaults(
         output_dir="outputs/gpt2_e2e",
         max_steps=300,
+        learning_rate=1.0,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=128,
         eval_strategy="steps",

@@ -20,6 +20,7 @@ from recipes.e2e_embedded import write_csv
 SMALL = """--train_rows 300 --eval_rows 40 --trajectory_steps 30 --snapshots 15 --dim 6
 --trajectory_learning_rates 0.01 --meta_epochs 2 --inner_steps 20 --max_steps 6 --eval_steps 2
 --logging_steps 2 --save_steps 2 --quick_grid --per_device_train_batch_size 8 --use_cpu""".split()
+ROOT = Path(__file__).parent.parent
 ALL_ARMS = set(gpt2_e2e.ARMS)
 
 
@@ -201,11 +202,22 @@ def test_steps_and_table():
     assert lines[2].startswith("| b") and "never" in lines[3] and len({len(line) for line in lines}) == 1
 
 
-def test_runs_as_a_script():
-    out = subprocess.run(
-        [sys.executable, "recipes/gpt2_e2e.py", "--help"],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-    )
-    assert out.returncode == 0 and "--subspace" in out.stdout and "--learning_rate" in out.stdout
+@pytest.mark.parametrize("accelerate", [False, True])
+def test_runs_as_a_script(accelerate):
+    config = ["-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
+    command = [sys.executable, *(config if accelerate else []), "recipes/gpt2_e2e.py", "--help"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert out.returncode == 0 and "--subspace" in out.stdout and "--learning_rate" in out.stdout, out.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    words = [*SMALL, "--output_dir", str(tmp_path), "--arms", "sl2o", "subspace_adamw", "--seeds", "1"]
+    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*head, "recipes/gpt2_e2e.py", *words, "--ddp_backend", "gloo"]
+    out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    assert out.returncode == 0, out.stderr[-3000:]
+    runs = json.loads((tmp_path / "comparison.json").read_text())["runs"]
+    assert set(runs) == {"sl2o", "subspace_adamw"} and runs["sl2o"]["eval"][-1][1] < runs["sl2o"]["eval"][0][1]
+    assert out.stdout.count("| sl2o") == 1  # the table is printed by one process

@@ -126,6 +126,9 @@ def test_own_learning_rate_is_used_and_said_once(model, saved, tmp_path, caplog)
     optimizer = trainer(model, tmp_path, optim="sl2o", optim_args=options, learning_rate=0.2).create_optimizer()
     assert optimizer.param_groups[0]["lr"] == 0.2 and not caplog.records
     args = SL2OTrainingArguments("out", optim="subspace_adamw", use_cpu=True)
+    assert [r.getMessage() for r in caplog.records] == [
+        'learning_rate is not set: optim="subspace_adamw" takes its own, 0.3'
+    ]
     assert args.learning_rate == 0.3 and SL2OTrainingArguments("out", use_cpu=True).learning_rate == 1.0
     assert SL2OTrainingArguments("out", optim="adamw_torch", use_cpu=True).learning_rate == 5e-5
     assert SL2OTrainingArguments("out", learning_rate=5e-5, use_cpu=True).learning_rate == 5e-5
