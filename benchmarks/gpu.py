@@ -21,11 +21,11 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes"), str(ROOT / "benchmarks")]
 
-import gpt2_e2e  # noqa: E402
-import step_cost  # noqa: E402
+import gpt2_e2e
+import step_cost
 
-from hf_sl2o.comparison import environment  # noqa: E402
-from hf_sl2o.files import save_json  # noqa: E402
+from hf_sl2o.comparison import environment
+from hf_sl2o.files import save_json
 
 ARMS = ["sl2o", "subspace_adamw", "subspace_adamw_orthonormal", "subspace_momentum", "adamw"]
 

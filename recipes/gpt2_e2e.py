@@ -24,11 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import torch  # noqa: E402
-from accelerate import PartialState  # noqa: E402
-from e2e_data import (  # noqa: E402  # noqa: E402
+import torch
+from accelerate import PartialState
+from e2e_data import (
     E2EDataset,
     collate,
     endless_batches,
@@ -38,8 +36,8 @@ from e2e_data import (  # noqa: E402  # noqa: E402
     to_device,
     train_tokenizer,
 )
-from tqdm.auto import tqdm  # noqa: E402
-from transformers import (  # noqa: E402  # noqa: E402
+from tqdm.auto import tqdm
+from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
@@ -48,10 +46,10 @@ from transformers import (  # noqa: E402  # noqa: E402
     PrinterCallback,
     TrainerCallback,
 )
-from transformers.training_args import OptimizerNames  # noqa: E402
-from transformers.utils.logging import disable_progress_bar  # noqa: E402
+from transformers.training_args import OptimizerNames
+from transformers.utils.logging import disable_progress_bar
 
-from hf_sl2o import (  # noqa: E402  # noqa: E402  # noqa: E402
+from hf_sl2o import (
     Basis,
     IdentityBasis,
     Layout,
@@ -69,10 +67,9 @@ from hf_sl2o import (  # noqa: E402  # noqa: E402  # noqa: E402
     TrajectoryCallback,
     fit_basis,
 )
-from hf_sl2o.comparison import environment, mean_curve, mean_steps_to, peak_bytes, plot  # noqa: E402
-from hf_sl2o.comparison import reset_peak, steps_to, table  # noqa: E402
-from hf_sl2o.files import load_json, save_json  # noqa: E402
-from hf_sl2o.trainer import last_complete_checkpoint, steps_done  # noqa: E402
+from hf_sl2o.comparison import environment, mean_curve, mean_steps_to, peak_bytes, plot, reset_peak, steps_to, table
+from hf_sl2o.files import load_json, save_json
+from hf_sl2o.trainer import last_complete_checkpoint, steps_done
 
 logger = logging.getLogger("gpt2_e2e")
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+import torch
+from safetensors.torch import save_file
 
-from hf_sl2o import LSTMRule, RuleConfig, SL2OTrainer, SL2OTrainingArguments, TrajectoryCallback  # noqa: E402
-from tests.conftest import Tokens, random_dense, tiny_gpt2  # noqa: E402
+from hf_sl2o import LSTMRule, RuleConfig, SL2OTrainer, SL2OTrainingArguments, TrajectoryCallback
+from tests.conftest import Tokens, random_dense, tiny_gpt2
 
 
 def main(folder: str, batch: int, mode: str) -> None:
