@@ -35,10 +35,9 @@ def load_rows(data: str, split: str, limit: int | None = None) -> list[Row]:
     if data == "hub":
         from datasets import load_dataset
 
-        rows = [
-            {"mr": row["meaning_representation"], "ref": row["human_reference"]}
-            for row in load_dataset("tuetschek/e2e_nlg", split=split)
-        ]
+        # The Hub's own conversion: the repository itself holds a script, which datasets no longer runs.
+        loaded = load_dataset("tuetschek/e2e_nlg", split=split, revision="refs/convert/parquet")
+        rows = [{"mr": row["meaning_representation"], "ref": row["human_reference"]} for row in loaded]
         return rows[:limit]
     path = Path(data) / f"{split}.csv"
     if not path.is_file():

@@ -171,6 +171,20 @@ def test_bad_data(tmp_path):
         recipe(tmp_path / "out", "--arms", "adam")
 
 
+def test_hub_data_is_the_parquet_conversion(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_list([{"meaning_representation": "name[A]", "human_reference": "A."}] * 3)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_rows("hub", "validation", 2) == [{"mr": "name[A]", "ref": "A."}] * 2
+    assert asked == [(("tuetschek/e2e_nlg",), {"split": "validation", "revision": "refs/convert/parquet"})]
+
+
 def test_loss_is_on_the_sentence_only():
     rows = [{"mr": "name[A]", "ref": "A is a pub."}, {"mr": "name[Bluebell], food[French]", "ref": "Bluebell."}]
     tokenizer = train_tokenizer(rows, 300)
