@@ -205,13 +205,14 @@ class Recipe:
             self.tokenizer = load_tokenizer(recipe.tokenizer or recipe.model)
         self.train_set = E2EDataset(rows["train"], self.tokenizer)
         self.eval_set = E2EDataset(rows["validation"], self.tokenizer)
+        self.data = {name: {"rows": len(split), "fingerprint": fingerprint(split)} for name, split in rows.items()}
         self.start = self._first_model()
         model = ("model", "from_scratch", "tokenizer", "subspace", "dim", "lora_rank", "trajectory_steps", "snapshots")
         model += ("trajectory_learning_rates",)
         weights = [float(p.detach().double().sum()) for p in self.start.parameters()]
         self.key = stamp(
             [getattr(recipe, name) for name in model],
-            [fingerprint(split) for split in rows.values()],
+            [split["fingerprint"] for split in self.data.values()],
             {**training_settings(args), "max_steps": None},
             weights,
         )
@@ -403,8 +404,9 @@ class Recipe:
         trainer = MetaTrainer(rule, meta_args, [task])
         trainer.train()
         provenance = {
-            "command": " ".join(["python", *sys.argv]),
-            "recipe": dataclasses.asdict(recipe),
+            "command": " ".join(["python", *map(portable, sys.argv)]),
+            "recipe": portable(dataclasses.asdict(recipe)),
+            "data": self.data,
             "meta": {**dataclasses.asdict(meta_args), "output_dir": None},
             "log": trainer.log_history,
             "environment": environment(Path(__file__).parent),
@@ -511,7 +513,8 @@ class Recipe:
             "seconds": {name: entry["seconds"] for name, entry in stages.items()},
         }
         comparison = {
-            "recipe": dataclasses.asdict(recipe),
+            "recipe": portable(dataclasses.asdict(recipe)),
+            "data": self.data,
             "training": training_settings(self.args),
             "n": Layout.from_named_parameters(self.start.named_parameters()).n,
             "runs": runs,
@@ -572,6 +575,13 @@ def fastest(grid: list[Any], target: float) -> list[Any] | None:
     """(units, learning rate, steps) of the run of a grid that reaches `target` first."""
     reached = [[units, lr, steps_to(curve, target)] for units, lr, curve in grid]
     return min((entry for entry in reached if entry[2] is not None), key=lambda entry: entry[2], default=None)
+
+
+def portable(value: Any) -> Any:
+    """Absolute paths become their last part: results name no folder of the machine they were made on."""
+    if isinstance(value, dict):
+        return {key: portable(entry) for key, entry in value.items()}
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def finite(loss: float) -> float:
