@@ -137,7 +137,7 @@ def plot(comparison: Mapping[str, Any], path: str | Path, *, early: int = 250) -
     runs = comparison["runs"]
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 7.5), layout="constrained", squeeze=False)
     last = max(run["eval"][-1][0] for run in runs.values())
-    lowest = min(loss for run in runs.values() for _, loss in run["eval"])
+    lowest = min(loss for run in runs.values() for key in ("train_loss", "eval") for _, loss in run[key])
     highest = max(run["eval"][0][1] for run in runs.values())
     for row, (key, title) in enumerate((("train_loss", "training loss"), ("eval", "validation loss"))):
         for column, limit in enumerate((min(early, last), last)):
@@ -146,7 +146,7 @@ def plot(comparison: Mapping[str, Any], path: str | Path, *, early: int = 250) -
                 points = [(step, loss) for step, loss in run[key] if step <= limit]
                 ours = arm == "sl2o"
                 axis.plot(
-                    *zip(*points, strict=True), label=arm, linewidth=2.4 if ours else 1.2, zorder=3 if ours else 2
+                    *zip(*points, strict=True), label=arm, linewidth=2.4 if ours else 1.2, zorder=9 if ours else 2
                 )
             axis.set(xlabel="step", ylabel=title, xlim=(0, limit), ylim=(lowest * 0.95, highest * 1.03))
             axis.set_yscale("log")

@@ -4,7 +4,8 @@
     python recipes/gpt2_e2e.py --data PATH_TO_CSVS --output_dir outputs/e2e   # real E2E, a tiny GPT-2
     accelerate launch recipes/gpt2_e2e.py --model gpt2 --data hub --bf16     # 124M
 
-sample: AdamW trains while snapshots are written;  extract: PCA gives d directions;  meta: a rule is trained in them;
+sample: AdamW trains while snapshots are written, the best run on validation is kept;  extract: PCA gives d directions;
+meta: a rule is trained in them;
 train: every arm, learning rates tuned on validation, then several seeds;  compare: JSON, figure, table.
 Each stage is skipped when its result with the same settings is there, and goes on where a kill left it.
 """
@@ -140,7 +141,7 @@ ARMS = {
     "subspace_adamw_orthonormal": Arm("subspace_adamw", _grid(orthonormal=(0.3, 1.0, 0.1, 3.0))),
     "subspace_momentum": Arm("subspace_sgd", _grid(orthonormal=(1.0, 3.0, 0.3), std=(0.1, 0.03, 0.3)), momentum=0.9),
     "subspace_sgd": Arm("subspace_sgd", _grid(orthonormal=(10.0, 3.0, 30.0), std=(1.0, 0.3, 3.0))),
-    "adamw": Arm("adamw_torch", ()),  # the recorded run's learning rate and schedule
+    "adamw": Arm("adamw_torch", (), basis="none"),  # the recorded runs, --trajectory_learning_rates
     "random": Arm("subspace_adamw", _grid(orthonormal=(1.0, 3.0, 0.3, 10.0)), basis="random"),
     "symbolic": Arm("sl2o", _grid(std=(1.0, 0.3, 3.0, 0.1))),
 }
@@ -207,6 +208,7 @@ class Recipe:
         self.eval_set = E2EDataset(rows["validation"], self.tokenizer)
         self.data = {name: {"rows": len(split), "fingerprint": fingerprint(split)} for name, split in rows.items()}
         self.start = self._first_model()
+        self.recorded: dict[Path, tuple[float, float]] = {}  # validation loss and seconds
         model = ("model", "from_scratch", "tokenizer", "subspace", "dim", "lora_rank", "trajectory_steps", "snapshots")
         model += ("trajectory_learning_rates",)
         weights = [float(p.detach().double().sum()) for p in self.start.parameters()]
@@ -323,18 +325,23 @@ class Recipe:
 
     # Stages
 
-    def sample(self) -> dict[str, Any]:
-        """AdamW in the full space, one recorded run a learning rate; validation chooses."""
-        recipe, results = self.recipe, {}
-        for lr in recipe.trajectory_learning_rates:
-            folder = self.folder / "sample" / f"lr-{lr:g}"
-            recorder = TrajectoryCallback(
-                folder / "trajectory", every_steps=max(1, recipe.trajectory_steps // recipe.snapshots), overwrite=True
-            )
-            results[lr] = self.run(folder, self.full_space(folder, lr, 0), stamp(self.key, lr), callbacks=[recorder])
-            print(f"  AdamW, full space, lr {lr:g}: validation loss {results[lr]['eval'][-1][1]:.4f}", flush=True)
-        best = min(results, key=lambda lr: results[lr]["eval"][-1][1])
-        return {"learning_rate": best, "run": results[best]}
+    def sample(self) -> tuple[Path, float]:
+        """Tunes AdamW in the full space, recording; the run with the lowest validation loss is the trajectory."""
+        arm = ARMS["adamw"]
+        tuned, best = self.tune("adamw", arm)
+        for seed in range(1, self.recipe.seeds):
+            self.one("adamw", arm, best, seed)
+        print(f"  AdamW, full space, lr {best[1]:g}: validation loss {tuned[best]['eval'][-1][1]:.4f}", flush=True)
+        folder = min(self.recorded, key=lambda run: self.recorded[run][0])
+        return folder / "trajectory", self.recorded[folder][1]
+
+    def keep_best_trajectory(self, folder: Path, run: dict[str, Any]) -> None:
+        """Removes the snapshots of recorded runs that have been beaten: at real size they are most of the disk."""
+        self.recorded[folder] = finite(run["eval"][-1][1]), run["seconds"]
+        best = min(self.recorded, key=lambda run: self.recorded[run][0])
+        for other in self.recorded.keys() - {best}:
+            if PartialState().is_main_process:
+                shutil.rmtree(other / "trajectory", ignore_errors=True)
 
     def full_space(self, folder: Path, lr: float, seed: int) -> SL2OTrainingArguments:
         every = max(self.args.eval_steps, self.recipe.trajectory_steps // 60)
@@ -350,8 +357,8 @@ class Recipe:
             seed=self.args.seed + seed,
         )
 
-    def extract(self, learning_rate: float) -> dict[str, Any]:
-        trajectory = Trajectory(self.folder / "sample" / f"lr-{learning_rate:g}" / "trajectory")
+    def extract(self, path: Path) -> dict[str, Any]:
+        trajectory = Trajectory(path)
         large = trajectory.layout is not None and trajectory.layout.n > 20_000_000
         basis = fit_basis(trajectory, self.recipe.dim, dtype=torch.bfloat16 if large else torch.float32)
         basis.save_pretrained(self.folder / "basis")
@@ -420,24 +427,57 @@ class Recipe:
             "validation": [[e["meta_epoch"], e["validation_loss"]] for e in trainer.log_history if "best" in e],
         }
 
-    def one(self, name: str, arm: Arm, choice: tuple[str, float], seed: int, basis: Basis, rule: Rule) -> Any:
+    def one(
+        self,
+        name: str,
+        arm: Arm,
+        choice: tuple[str, float],
+        seed: int,
+        basis: Basis | None = None,
+        rule: Rule | None = None,
+    ) -> Any:
         """One run of an arm; the first seed's checkpoints are in OUTPUT/<arm>, the others' below."""
         units, lr = choice
         folder = self.folder / name / "runs" / f"{units}-{lr:g}-seed-{seed}"
-        objects: dict[str, Any] = {}
-        if arm.optim == "adamw_torch":
+        if basis is None:  # the full space
             args = self.full_space(folder, lr, seed)
-        else:
-            args = self.arguments(
-                folder, arm.optim, learning_rate=lr, sl2o_momentum=arm.momentum, seed=self.args.seed + seed
-            )
-            objects["basis"] = basis.with_units(units)
+            if not self.recipe.subspace.startswith("pca"):
+                return self.run(folder, args, stamp(self.key, name, choice, seed))
+            every = max(1, self.recipe.trajectory_steps // self.recipe.snapshots)
+            recorder = TrajectoryCallback(folder / "trajectory", every_steps=every, overwrite=True)
+            # `seeds` is in the key because the runs that are compared decide whose snapshots are kept
+            key = stamp(self.key, name, choice, seed, self.recipe.seeds)
+            result = self.run(folder, args, key, callbacks=[recorder])
+            self.keep_best_trajectory(folder, result)
+            return result
+        args = self.arguments(
+            folder, arm.optim, learning_rate=lr, sl2o_momentum=arm.momentum, seed=self.args.seed + seed
+        )
+        objects: dict[str, Any] = {"basis": basis.with_units(units)}
         if arm.optim == "sl2o":
             objects["rule"] = SymbolicRule() if name == "symbolic" else rule
         used = {what: value.fingerprint for what, value in objects.items()}
         return self.run(folder, args, stamp(self.key, training_settings(args), name, choice, seed, used), **objects)
 
-    def train(self, basis: Basis, rule: Rule, learning_rate: float) -> dict[str, Any]:
+    def tune(self, name: str, arm: Arm, *objects: Any) -> tuple[dict[tuple[str, float], Any], tuple[str, float]]:
+        """Runs the arm's grid with the first seed; while the best one on validation is at an edge, the grid grows."""
+        recipe, grid = self.recipe, arm.grid or tuple(("full", lr) for lr in self.recipe.trajectory_learning_rates)
+        if recipe.quick_grid and arm.grid:
+            units = dict.fromkeys(unit for unit, _ in grid)
+            grid = tuple(choice for unit in units for choice in [c for c in grid if c[0] == unit][:2])
+        if recipe.subspace in ("lora", "random") and arm.grid:  # there both coordinates are the same
+            grid = tuple(dict.fromkeys(("orthonormal", lr) for _, lr in grid))
+        tuned = {choice: self.one(name, arm, choice, 0, *objects) for choice in grid}
+        while True:
+            best = min(tuned, key=lambda choice: finite(tuned[choice]["eval"][-1][1]))
+            rates = sorted(lr for units, lr in tuned if units == best[0])
+            if recipe.quick_grid or not arm.grid or not 1 < len(rates) < 8 or rates[0] < best[1] < rates[-1]:
+                return tuned, best
+            wider = best[1] * 10 ** (0.5 if best[1] == rates[-1] else -0.5)
+            choice = best[0], float(f"{wider:.1g}")
+            tuned[choice] = self.one(name, arm, choice, 0, *objects)
+
+    def train(self, basis: Basis, rule: Rule) -> dict[str, Any]:
         """Tunes every arm on validation with the first seed, then runs the other seeds."""
         recipe, runs = self.recipe, {}
         random = RandomBasis(basis.layout, min(recipe.dim, basis.layout.n), seed=self.args.seed + 1).to_dense()
@@ -445,23 +485,16 @@ class Recipe:
         for name, arm in ARMS.items():
             if name in redundant or (recipe.arms and name not in recipe.arms):
                 continue
-            grid = arm.grid or (("full", learning_rate),)
-            if recipe.quick_grid:
-                units = dict.fromkeys(unit for unit, _ in grid)
-                grid = tuple(choice for unit in units for choice in [c for c in grid if c[0] == unit][:2])
-            if recipe.subspace in ("lora", "random"):  # there both coordinates are the same
-                grid = tuple(dict.fromkeys(("orthonormal", lr) for _, lr in grid))
-            of = random if arm.basis == "random" else basis
-            tuned = {choice: self.one(name, arm, choice, 0, of, rule) for choice in grid}
-            best = min(tuned, key=lambda choice: finite(tuned[choice]["eval"][-1][1]))
-            seeds = [tuned[best], *(self.one(name, arm, best, seed, of, rule) for seed in range(1, recipe.seeds))]
+            objects = {"learned": (basis, rule), "random": (random, rule), "none": ()}[arm.basis]
+            tuned, best = self.tune(name, arm, *objects)
+            seeds = [tuned[best], *(self.one(name, arm, best, seed, *objects) for seed in range(1, recipe.seeds))]
             self.publish(name, best)
             evals = [run["eval"] for run in seeds]
             runs[name] = {
                 "optim": arm.optim,
                 "units": best[0],
                 "learning_rate": best[1],
-                "grid": [[units, lr, tuned[units, lr]["eval"]] for units, lr in grid],
+                "grid": [[*choice, run["eval"]] for choice, run in tuned.items()],
                 "seeds": [self.args.seed + seed for seed in range(recipe.seeds)],
                 "train_loss": mean_curve([run["train_loss"] for run in seeds]),
                 "eval": mean_curve(evals),
@@ -502,14 +535,14 @@ class Recipe:
             }
             for name, target in targets.items()
         }
-        tuned = len(recipe.trajectory_learning_rates)
         cost = {"trajectory": recipe.trajectory_steps if "sample" in stages else 0, "meta_training": 0}
         cost["meta_training"] = stages["meta"]["steps"] if "meta" in stages else 0
+        selection = max(0, len(self.recorded) - 1) * recipe.trajectory_steps
         amortised = {
             "unit": "training steps",
             **cost,
             "total": sum(cost.values()),
-            "trajectory_runs_for_its_learning_rate": tuned,
+            "other_recorded_runs": selection,  # learning rates and seeds the trajectory was chosen from
             "seconds": {name: entry["seconds"] for name, entry in stages.items()},
         }
         comparison = {
@@ -532,10 +565,14 @@ class Recipe:
         return comparison
 
     def main(self) -> dict[str, Any] | None:
-        recipe, stages, learning_rate = self.recipe, {}, self.recipe.trajectory_learning_rates[0]
+        recipe, stages = self.recipe, {}
         if recipe.subspace.startswith("pca"):
-            learning_rate = self.sample_everywhere(stages)
-            stages["extract"] = stage(self.folder, "extract", stamp(self.key), lambda: self.extract(learning_rate))
+            # Training runs are collective: all processes take part, `stage` only keeps a result.
+            print("[sample]", flush=True)
+            trajectory, seconds = self.sample()
+            stages["sample"] = {"seconds": seconds}
+            key = stamp(self.key, trajectory.relative_to(self.folder), recipe.seeds)
+            stages["extract"] = stage(self.folder, "extract", key, lambda: self.extract(trajectory))
         basis = self.load_basis()
         if recipe.rule is None:
             meta = ("meta_epochs", "inner_steps", "unroll_length", "output_scale")
@@ -549,7 +586,7 @@ class Recipe:
         else:
             rule = Rule.from_pretrained(recipe.rule)
         print("[train]", flush=True)
-        runs = self.train(basis, rule, learning_rate)
+        runs = self.train(basis, rule)
         if not PartialState().is_main_process:
             return None
         comparison = self.compare(runs, stages)
@@ -561,14 +598,6 @@ class Recipe:
             f"Written: {self.folder / 'comparison.json'}, comparison.png, and checkpoints of each arm."
         )
         return comparison
-
-    def sample_everywhere(self, stages: dict[str, Any]) -> float:
-        # Training runs are collective: all processes take part, `stage` only keeps the result.
-        print("[sample]", flush=True)
-        start = time.perf_counter()
-        result = self.sample()
-        stages["sample"] = {"seconds": result["run"]["seconds"], "all_seconds": time.perf_counter() - start}
-        return float(result["learning_rate"])
 
 
 def fastest(grid: list[Any], target: float) -> list[Any] | None:
