@@ -27,6 +27,7 @@ def step_cost(result: dict) -> str:  # type: ignore[type-arg]
 def e2e(result: dict) -> str:  # type: ignore[type-arg]
     cost, seeds = result["amortised"], len(next(iter(result["runs"].values()))["seeds"])
     targets = [f"`{name}`: {entry['target']:.3f}" for name, entry in result["steps_to"].items()]
+    final = {arm: run["final_eval_loss"] for arm, run in result["runs"].items()}
     fastest = []
     for name, entry in result["steps_to"].items():
         units, lr, steps = entry["fastest_of_grid"]["subspace_adamw"]
@@ -37,7 +38,10 @@ def e2e(result: dict) -> str:  # type: ignore[type-arg]
         + f"validation loss of a grid. Targets: {'; '.join(targets)}. With the learning rate of its grid that is "
         + f"fastest to the target instead, AdamW in whitened units needs {' and '.join(fastest)}. Paid once: "
         + f"{cost['trajectory']} steps of trajectory, {cost['meta_training']} of meta-training, "
-        + f"{cost['seconds']['extract']:.1f} s of PCA."
+        + f'{cost["seconds"]["extract"]:.1f} s of PCA. "never": at least one seed does not get there. sl2o ends '
+        + f"{100 * (final['sl2o'] / final['adamw'] - 1):+.1f} % from the mean loss of full-space AdamW (its seeds: "
+        + f"{', '.join(f'{curve[-1][1]:.3f}' for curve in result['runs']['adamw']['eval_per_seed'])}). "
+        + f"Made at commit {result['environment']['commit'][:7]}."
     )
 
 
