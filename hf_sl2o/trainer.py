@@ -73,7 +73,9 @@ class SL2OTrainer(Trainer):
     >>> basis = RandomBasis(Layout.from_named_parameters(model.named_parameters()), dim=5)
     >>> args = SL2OTrainingArguments("out", max_steps=3, report_to="none", use_cpu=True)
     >>> trainer = SL2OTrainer(model, args, basis=basis, train_dataset=data)
-    >>> trainer.train().global_step
+    >>> output = trainer.train()  # doctest: +ELLIPSIS
+    {'train_runtime': ...
+    >>> output.global_step
     3
     ```
     """

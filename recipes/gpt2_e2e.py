@@ -6,7 +6,7 @@
 
 sample: AdamW trains while snapshots are written, the best run on validation is kept;  extract: PCA gives d directions;
 meta: a rule is trained in them;
-train: every arm, learning rates tuned on validation, then several seeds;  compare: JSON, figure, table.
+train: every arm, learning rates tuned on validation, over several seeds;  compare: JSON, figure, table.
 Each stage is skipped when its result with the same settings is there, and goes on where a kill left it.
 """
 
@@ -337,7 +337,7 @@ class Recipe:
 
     def keep_best_trajectory(self, folder: Path, run: dict[str, Any]) -> None:
         """Removes the snapshots of recorded runs that have been beaten: at real size they are most of the disk."""
-        self.recorded[folder] = finite(run["eval"][-1][1]), run["seconds"]
+        self.recorded[folder] = final_loss(run), run["seconds"]
         best = min(self.recorded, key=lambda run: self.recorded[run][0])
         for other in self.recorded.keys() - {best}:
             if PartialState().is_main_process:
@@ -469,7 +469,7 @@ class Recipe:
             grid = tuple(dict.fromkeys(("orthonormal", lr) for _, lr in grid))
         tuned = {choice: self.one(name, arm, choice, 0, *objects) for choice in grid}
         while True:
-            best = min(tuned, key=lambda choice: finite(tuned[choice]["eval"][-1][1]))
+            best = min(tuned, key=lambda choice: final_loss(tuned[choice]))
             rates = sorted(lr for units, lr in tuned if units == best[0])
             if recipe.quick_grid or not arm.grid or not 1 < len(rates) < 8 or rates[0] < best[1] < rates[-1]:
                 return tuned, best
@@ -478,7 +478,7 @@ class Recipe:
             tuned[choice] = self.one(name, arm, choice, 0, *objects)
 
     def train(self, basis: Basis, rule: Rule) -> dict[str, Any]:
-        """Tunes every arm on validation with the first seed, then runs the other seeds."""
+        """Tunes every arm on validation: a grid with the first seed, then its two best over all seeds."""
         recipe, runs = self.recipe, {}
         random = RandomBasis(basis.layout, min(recipe.dim, basis.layout.n), seed=self.args.seed + 1).to_dense()
         redundant = {"lora": {"subspace_adamw"}, "random": {"random"}}.get(recipe.subspace, set())
@@ -487,7 +487,15 @@ class Recipe:
                 continue
             objects = {"learned": (basis, rule), "random": (random, rule), "none": ()}[arm.basis]
             tuned, best = self.tune(name, arm, *objects)
-            seeds = [tuned[best], *(self.one(name, arm, best, seed, *objects) for seed in range(1, recipe.seeds))]
+            # One seed may flatter a learning rate at the edge of stability: the two best meet again over all seeds.
+            finalists = sorted(tuned, key=lambda choice: final_loss(tuned[choice]))[:2] if arm.grid else [best]
+            runs_of = {
+                choice: [tuned[choice], *(self.one(name, arm, choice, i, *objects) for i in range(1, recipe.seeds))]
+                for choice in finalists
+            }
+            means = {choice: sum(map(final_loss, of)) / len(of) for choice, of in runs_of.items()}
+            best = min(means, key=lambda choice: means[choice])
+            seeds = runs_of[best]
             self.publish(name, best)
             evals = [run["eval"] for run in seeds]
             runs[name] = {
@@ -495,6 +503,7 @@ class Recipe:
                 "units": best[0],
                 "learning_rate": best[1],
                 "grid": [[*choice, run["eval"]] for choice, run in tuned.items()],
+                "finalists": [[*choice, mean if mean < float("inf") else None] for choice, mean in means.items()],
                 "seeds": [self.args.seed + seed for seed in range(recipe.seeds)],
                 "train_loss": mean_curve([run["train_loss"] for run in seeds]),
                 "eval": mean_curve(evals),
@@ -613,7 +622,9 @@ def portable(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def finite(loss: float) -> float:
+def final_loss(run: dict[str, Any]) -> float:
+    """The last validation loss of a run; infinite if it diverged."""
+    loss = float(run["eval"][-1][1])
     return loss if loss == loss else float("inf")
 
 

@@ -50,8 +50,10 @@ def test_comparison_has_what_the_documentation_says(finished):
         assert {"learning_rate", "seeds", "train_loss", "eval", "final_eval_loss", "seconds", "peak_bytes"} <= set(run)
         assert len(run["seeds"]) == 2 == len(run["eval_per_seed"]) and run["eval"][0][0] == 0, name
         assert [step for step, _ in run["eval"]][-1] == (30 if name == "adamw" else 6)
-        chosen = min(curve[-1][1] for _, _, curve in run["grid"])
-        assert run["eval_per_seed"][0][-1][1] == chosen
+        final = {(units, lr): curve[-1][1] for units, lr, curve in run["grid"]}
+        finalists = {(units, lr): mean for units, lr, mean in run["finalists"]}
+        assert max(final[choice] for choice in finalists) <= sorted(final.values())[:2][-1]  # the two best of the grid
+        assert min(finalists.values()) == finalists[run["units"], run["learning_rate"]] == run["final_eval_loss"]
         assert list((folder / name).glob("checkpoint-*")), name
     assert set(result["steps_to"]) == {"adamw_orthonormal_at_300", "adamw_whitened_final"}
     for entry in result["steps_to"].values():

@@ -46,7 +46,7 @@ class Trajectory:
     >>> from hf_sl2o import Trajectory, fit_basis
     >>> model, trajectory = torch.nn.Linear(3, 2), Trajectory(tempfile.mkdtemp())
     >>> for step in range(5):
-    ...     torch.nn.init.normal_(model.weight)
+    ...     _ = torch.nn.init.normal_(model.weight)
     ...     _ = trajectory.write(step, model.named_parameters())
     >>> fit_basis(trajectory, dim=3, progress=False).dim
     3
