@@ -34,8 +34,9 @@ def e2e(result: dict) -> str:  # type: ignore[type-arg]
         fastest.append(f"{steps} steps (learning rate {lr:g}) to `{name}`")
     return (
         table(result)
-        + f"\n\nn = {result['n']:,}, d = {result['recipe']['dim']}, {seeds} seeds. Learning rates: a grid with one seed, "
-        + f"then the lower mean of its two best over all seeds, by the final validation loss. Targets: {'; '.join(targets)}. With the learning rate of its grid that is "
+        + f"\n\nn = {result['n']:,}, d = {result['recipe']['dim']}, {seeds} seeds. Learning rates: a grid with one "
+        + "seed, then the lower mean of its two best over all seeds, by the final validation loss. "
+        + f"Targets: {'; '.join(targets)}. With the learning rate of its grid that is "
         + f"fastest to the target instead, AdamW in whitened units needs {' and '.join(fastest)}. Paid once: "
         + f"{cost['trajectory']} steps of trajectory, {cost['meta_training']} of meta-training, "
         + f'{cost["seconds"]["extract"]:.1f} s of PCA. "never": at least one seed does not get there. sl2o ends '
