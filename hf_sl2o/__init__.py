@@ -5,12 +5,13 @@ Importing the package adds `optim="sl2o"`, `"subspace_adamw"` and `"subspace_sgd
 
 from .arguments import SL2OTrainingArguments
 from .callbacks import SubspaceLogCallback, TrajectoryCallback
-from .meta import MetaTrainer, MetaTrainingArguments, unroll
+from .estimators import PES, Estimator, FirstOrder, SecondOrder, unroll
+from .meta import MetaTrainer, MetaTrainingArguments
 from .optim import LearnedOptimizer, SubspaceOptimizer
 from .registry import SubspaceOptimizerFactory, build_optimizer, register
 from .rule import LSTMRule, Rule, RuleConfig, RuleState, SymbolicRule
 from .subspace import Basis, DenseBasis, IdentityBasis, Layout, RandomBasis, Trajectory, fit_basis
-from .tasks import Task
+from .tasks import Task, train_on
 from .trainer import SL2OTrainer
 
 __version__ = "0.1.0"
@@ -18,18 +19,22 @@ __version__ = "0.1.0"
 __all__ = [
     "Basis",
     "DenseBasis",
+    "Estimator",
+    "FirstOrder",
     "IdentityBasis",
     "LSTMRule",
     "Layout",
     "LearnedOptimizer",
     "MetaTrainer",
     "MetaTrainingArguments",
+    "PES",
     "RandomBasis",
     "Rule",
     "RuleConfig",
     "RuleState",
     "SL2OTrainer",
     "SL2OTrainingArguments",
+    "SecondOrder",
     "SubspaceLogCallback",
     "SubspaceOptimizer",
     "SubspaceOptimizerFactory",
@@ -40,6 +45,7 @@ __all__ = [
     "build_optimizer",
     "fit_basis",
     "register",
+    "train_on",
     "unroll",
 ]
 

@@ -1,27 +1,39 @@
-"""Meta-training: the rule's weights follow the gradient of the losses of the runs it drives.
+"""Meta-training: the rule's weights follow the gradient of the losses of the runs it drives, on one machine or many.
 
-T unroll length, N inner steps. The rule's inputs are detached (the second-order term is dropped, as in the official
-code), so the gradient of sum_t L(theta_0 + U c_t) equals that of sum_t <g_t, c_t>, where g_t is the projected gradient
-that `loss.backward()` gives anyway. The graph holds d-sized tensors only.
+T unroll length, N inner steps. An episode is one run of N steps on one task. All tasks' episodes advance side by side,
+a window of T steps at a time; their meta-gradients ([`~hf_sl2o.estimators`]) are averaged, over processes too, and one
+step of the meta-optimizer follows.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import gather_object, reduce
 from tqdm.auto import tqdm
 
-from .files import load_tensors, open_tensors, save_json, save_tensors
-from .rule import Rule, RuleState
-from .tasks import InnerRun, Task
+from .episodes import Episode
+from .estimators import Estimator, FirstOrder
+from .files import load_json, load_tensors, save_json, save_tensors
+from .optim import LearnedOptimizer
+from .rule import Rule
+from .tasks import Task, schedule_factor, train_on
 
 logger = logging.getLogger(__name__)
+
+_MANIFEST = "checkpoint.json"
+# Changing these does not change what a run has computed so far.
+_FREE = ("output_dir", "disable_tqdm", "max_seconds", "save_steps", "logging_steps", "report_to", "process_timeout")
 
 
 @dataclass
@@ -37,11 +49,11 @@ class MetaTrainingArguments:
     ```
     """
 
-    output_dir: str = field(metadata={"help": "Checkpoints, log.jsonl, and the best rule."})
+    output_dir: str = field(metadata={"help": "Checkpoints, log.json, and the best rule."})
     unroll_length: int = field(default=10, metadata={"help": "T: inner steps of a meta-step; at least 2."})
     inner_steps: int = field(default=1000, metadata={"help": "N: steps of an episode; the last window may be short."})
     meta_epochs: int = field(default=20, metadata={"help": "Episodes on each task."})
-    meta_learning_rate: float = field(default=1e-2, metadata={"help": "Of Adam on the rule's weights."})
+    meta_learning_rate: float = field(default=1e-2, metadata={"help": "Of the meta-optimizer."})
     learning_rate: float = field(default=1.0, metadata={"help": "lr of the inner run; multiplies the rule's output."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the meta-gradient; 0: no clipping."})
     eval_every: int = field(default=2, metadata={"help": "Meta-epochs between validations of the rule."})
@@ -50,227 +62,432 @@ class MetaTrainingArguments:
     )
     seed: int = field(default=0, metadata={"help": "Of batches and dropout."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+    meta_lr_scheduler_type: str = field(
+        default="constant", metadata={"help": '"constant" (official code), or "cosine" to zero over all meta-epochs.'}
+    )
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": 'Of the inner runs: "constant" (official code), or "linear" to zero.'}
+    )
+    curriculum: tuple[int, ...] = field(
+        default=(),
+        metadata={
+            "help": "N of the first, ..., last meta-epochs, in equal parts (official code, `--cl`); () for none."
+        },
+    )
+    random_scaling: float = field(
+        default=0.0,
+        metadata={"help": "s: each episode scales each coefficient by exp(U(-s, s)) (official code: 3); 0: off."},
+    )
+    episodes_per_task: int = field(default=1, metadata={"help": "Episodes of each task side by side."})
+    mixed_precision: str | None = field(
+        default=None, metadata={"help": '"no" or "bf16", of the networks; default: what `accelerate launch` was told.'}
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})
+    save_steps: int = field(
+        default=500, metadata={"help": "Meta-steps between checkpoints; one after each meta-epoch."}
+    )
+    logging_steps: int = field(default=10, metadata={"help": "Meta-steps between values sent to `report_to`."})
+    report_to: str = field(
+        default="none", metadata={"help": 'A tracker of Accelerate ("tensorboard", "wandb"), or "none".'}
+    )
+    max_seconds: float | None = field(
+        default=None, metadata={"help": "Stop after so long, with a checkpoint; a new start goes on."}
+    )
+    process_timeout: float = field(
+        default=1800.0, metadata={"help": "Seconds a process waits for the others before it gives up."}
+    )
 
     def __post_init__(self) -> None:
+        self.curriculum = tuple(self.curriculum)
         if self.unroll_length < 2:
             raise ValueError(
                 f"unroll_length is {self.unroll_length}, expected at least 2: losses are taken before each update, "
                 "so a window of one step has no meta-gradient"
             )
-        if self.inner_steps < self.unroll_length:
+        for n in (self.inner_steps, *self.curriculum):
+            if n < self.unroll_length:
+                raise ValueError(
+                    f"inner_steps {n} is below unroll_length {self.unroll_length}; raise the first or lower the second"
+                )
+            if rest := n % self.unroll_length:
+                last = f"the last window has {rest} steps" if rest > 1 else "the last step is left out"
+                logger.warning("inner_steps %d is not a multiple of unroll_length %d: %s", n, self.unroll_length, last)
+        if min(self.meta_epochs, self.eval_every, self.episodes_per_task, self.save_steps, self.logging_steps) < 1:
             raise ValueError(
-                f"inner_steps {self.inner_steps} is below unroll_length {self.unroll_length}; raise the first or "
-                "lower the second"
+                "meta_epochs, eval_every, episodes_per_task, save_steps and logging_steps must be at least 1"
             )
-        if self.meta_epochs < 1 or self.eval_every < 1:
-            raise ValueError("meta_epochs and eval_every must be at least 1")
+        if self.meta_lr_scheduler_type not in ("constant", "cosine"):
+            raise ValueError(
+                f'meta_lr_scheduler_type is {self.meta_lr_scheduler_type!r}, expected "constant" or "cosine"'
+            )
+        schedule_factor(self.lr_scheduler_type, 0, 1)
+        if self.mixed_precision not in (None, "no", "bf16"):
+            raise ValueError(f'mixed_precision is {self.mixed_precision!r}, expected "no" or "bf16"')
 
-
-def unroll(
-    rule: Rule, run: InnerRun, c: torch.Tensor, state: RuleState, *, steps: int, lr: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor, RuleState, torch.Tensor]:
-    """Runs `steps` inner steps with `rule`, moving the weights of `run`.
-
-    Args:
-        rule ([`Rule`]): The rule that is meta-trained.
-        run ([`~hf_sl2o.tasks.InnerRun`]): A model in training.
-        c (`torch.Tensor` of shape `(d,)`): Its coefficients, detached.
-        state ([`RuleState`]): The rule's state, detached.
-        steps (`int`): T, at least 2.
-        lr (`float`, *optional*, defaults to 1.0): Multiplies the rule's output.
-
-    Returns:
-        A scalar whose gradient is the meta-gradient, c and state after the window (with graph), and `(steps,)` losses
-        before each update.
-
-    Raises:
-        `ValueError`: `steps` is below 2.
-    """
-    if steps < 2:
-        raise ValueError(f"an unroll of {steps} steps has no meta-gradient; use at least 2")
-    surrogate, losses = c.new_zeros(()), []
-    for _ in range(steps):
-        loss, g = run.gradient()
-        surrogate = surrogate + torch.dot(g, c)  # g at c_t with c_t, not with c_{t+1}
-        delta, state = rule(g, state)
-        c = c - lr * delta
-        run.move(-lr * delta.detach())
-        losses.append(loss)
-    return surrogate, c, state, torch.stack(losses)
+    def steps_at(self, epoch: int) -> int:
+        """N of a meta-epoch."""
+        if not self.curriculum:
+            return self.inner_steps
+        return self.curriculum[min(epoch * len(self.curriculum) // self.meta_epochs, len(self.curriculum) - 1)]
 
 
 class MetaTrainer:
-    """Trains a rule on tasks, one process; the best rule on the tasks' held-out batches wins.
+    """Trains a rule on tasks, in one process or many; the best rule on held-out batches wins.
 
-    Each meta-epoch runs one episode of N steps on every task, with a meta-step (Adam) every T steps. A checkpoint is
-    written after each meta-epoch; `train()` in the same folder goes on from it, to the bit. An episode whose loss
-    becomes non-finite or far above its start ends there, counted in the log; its last meta-gradient is not used.
+    Each meta-epoch runs `episodes_per_task` episodes of N steps on every task, with a meta-step every T steps.
+    Episodes are dealt out to the processes that `accelerate launch` or `torchrun` started; with the same tasks and
+    seeds any number of processes gives the same rule, to rounding. `train()` in the same folder goes on from the last
+    checkpoint, in the middle of an episode too, to the bit. An episode whose loss becomes non-finite or far above its
+    start ends there, counted and logged; its last meta-gradient is not used.
+
+    With several tasks each one's meta-gradient is divided by the first loss of its episode, so that no loss drowns the
+    others; the best rule has the lowest mean of (held-out loss / held-out loss before training).
 
     Args:
         rule ([`Rule`]): Changed in place.
         args ([`MetaTrainingArguments`]): How.
         tasks (`list[Task]`): What it is trained on.
         eval_tasks (`list[Task]`, *optional*): What chooses the best rule; defaults to `tasks`.
+        estimator ([`~hf_sl2o.estimators.Estimator`], *optional*): Defaults to `FirstOrder()`.
+        meta_optimizer (`Callable`, *optional*): Makes the optimizer of the rule's weights; defaults to Adam (official
+            code).
+        callbacks (`Sequence[Callable[[MetaTrainer, dict], None]]`, *optional*): Each is called with every entry of the
+            log, on every process; one may set `trainer.should_stop = True`.
 
     Raises:
-        `ValueError`: no task, or one without held-out batches; a checkpoint of other settings in the folder.
+        `ValueError`: no task, two of one name, one without held-out batches, more processes than episodes; a
+            checkpoint of other settings in the folder (the first difference is named).
+        `RuntimeError`: a task raised (named), or another process is gone.
 
     Example: see README, "Learn an optimizer".
     """
 
     def __init__(
-        self, rule: Rule, args: MetaTrainingArguments, tasks: list[Task], eval_tasks: list[Task] | None = None
+        self,
+        rule: Rule,
+        args: MetaTrainingArguments,
+        tasks: list[Task],
+        eval_tasks: list[Task] | None = None,
+        *,
+        estimator: Estimator | None = None,
+        meta_optimizer: Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer] | None = None,
+        callbacks: Sequence[Callable[[MetaTrainer, dict[str, Any]], None]] = (),
     ) -> None:
-        self.rule, self.args = rule, args
+        self.rule, self.args, self.callbacks = rule, args, list(callbacks)
         self.tasks, self.eval_tasks = list(tasks), list(tasks if eval_tasks is None else eval_tasks)
+        self.estimator = FirstOrder() if estimator is None else estimator
         if not self.tasks:
             raise ValueError("MetaTrainer needs at least one task and got none")
         if not list(rule.parameters()):
             raise ValueError(f"a {type(rule).__name__} has no weights to train; use LSTMRule")
+        for of in (self.tasks, self.eval_tasks):
+            if len({task.name for task in of}) < len(of):
+                raise ValueError(f"the tasks are named {[task.name for task in of]}; give each a name of its own")
         for task in self.eval_tasks:
             if not len(task.eval_batches):
                 raise ValueError(
                     f"task {task.name!r} has no eval_batches; the best rule is chosen on held-out batches"
                 )
-        self.optimizer = torch.optim.Adam(rule.parameters(), lr=args.meta_learning_rate)
+        tracker = None if args.report_to in ("none", "") else args.report_to
+        self.accelerator = Accelerator(
+            cpu=args.use_cpu,
+            log_with=tracker,
+            project_dir=args.output_dir if tracker else None,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.process_timeout))],
+        )
+        episodes = len(self.tasks) * args.episodes_per_task
+        if episodes < self.accelerator.num_processes:
+            raise ValueError(
+                f"{self.accelerator.num_processes} processes share {episodes} episodes, so some would have none; "
+                "raise episodes_per_task, or start fewer processes"
+            )
+        self.device = self.accelerator.device
+        precision = self.accelerator.mixed_precision if args.mixed_precision is None else args.mixed_precision
+        self.autocast = torch.bfloat16 if precision == "bf16" else None
+        self.rule.to(self.device)
+        weights = list(rule.parameters())
+        self.optimizer = (
+            torch.optim.Adam(weights, lr=args.meta_learning_rate)
+            if meta_optimizer is None
+            else meta_optimizer(weights)
+        )
+        self._meta_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.folder = Path(args.output_dir)
-        self.epoch, self.best, self.log_history = 0, float("inf"), []  # type: ignore[var-annotated]
-        self.best_weights = {name: tensor.clone() for name, tensor in rule.state_dict().items()}
+        self.epoch = self.meta_step = self.window = 0
+        self.episodes: list[Episode] = []  # this process'; empty between meta-epochs
+        self.best, self.log_history = float("inf"), []  # type: ignore[var-annotated]
+        self.best_weights = {name: tensor.detach().clone() for name, tensor in rule.state_dict().items()}
+        self._baselines: dict[str, float] = {}  # held-out loss before training, per validation task
+        self.should_stop = False
+
+    # The loop
 
     def train(self) -> Rule:
         """Meta-trains, or goes on from the folder's checkpoint; returns the rule with its best weights.
 
         `output_dir` then holds the rule as `save_pretrained` writes it.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        args, start = self.args, time.perf_counter()
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        self._broadcast_weights()
         self._resume()
+        if args.report_to not in ("none", ""):
+            self.accelerator.init_trackers("meta-training", {k: str(v) for k, v in asdict(args).items()})
         if self.epoch == 0 and not self.log_history:
             self._validate()
-        total = self.args.meta_epochs * len(self.tasks)
-        with tqdm(total=total, initial=self.epoch * len(self.tasks), unit="episode", desc="meta-train",
-                  disable=self.args.disable_tqdm) as bar:  # fmt: skip
-            while self.epoch < self.args.meta_epochs:
-                for index, task in enumerate(self.tasks):
-                    entry = self.episode(task, seed=self._seed(self.epoch, index))
-                    self.log_history.append({"meta_epoch": self.epoch, "task": task.name, **entry})
-                    bar.set_postfix(loss=f"{entry['last_loss']:.4f}", best=f"{self.best:.4f}")
+        windows = [math.ceil((args.steps_at(e) - 1) / args.unroll_length) for e in range(args.meta_epochs)]
+        hidden = args.disable_tqdm or not self.accelerator.is_main_process
+        with tqdm(total=sum(windows), initial=sum(windows[: self.epoch]) + self.window, unit="meta-step",
+                  desc="meta-train", disable=hidden) as bar:  # fmt: skip
+            while self.epoch < args.meta_epochs and not self.should_stop:
+                if not self.episodes:
+                    self._begin_episodes()
+                while self.window < windows[self.epoch]:
+                    late = args.max_seconds is not None and time.perf_counter() - start > args.max_seconds
+                    alive, stop = self._meta_step(stop=late or self.should_stop)
+                    bar.set_postfix(best=f"{self.best:.4f}")
                     bar.update()
-                self.epoch += 1
-                if self.epoch % self.args.eval_every == 0 or self.epoch == self.args.meta_epochs:
-                    self._validate()
-                self._save()
+                    if stop:
+                        self.should_stop = True
+                        break
+                    if not alive:
+                        bar.update(windows[self.epoch] - self.window)
+                        break
+                    if self.meta_step % args.save_steps == 0:
+                        self._save()
+                if self.should_stop:
+                    self._save()
+                    logger.warning("stopped in meta-epoch %d of %d; a new start goes on", self.epoch, args.meta_epochs)
+                    break
+                self._end_episodes()
+        if args.report_to not in ("none", ""):
+            self.accelerator.end_training()
         self.rule.load_state_dict(self.best_weights)
-        self.rule.save_pretrained(self.folder)
+        if self.accelerator.is_main_process:
+            self.rule.save_pretrained(self.folder)
+        self.accelerator.wait_for_everyone()
         return self.rule
 
-    def _seed(self, epoch: int, task: int) -> int:
-        return self.args.seed * 1_000_003 + epoch * 1_009 + task
+    def _seed(self, epoch: int, episode: int) -> int:
+        return self.args.seed * 1_000_003 + epoch * 1_009 + episode
 
-    def episode(self, task: Task, seed: int) -> dict[str, Any]:
-        """Trains the rule during one run of `task`; returns what the log holds of it."""
-        args, start = self.args, time.perf_counter()
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            run = InnerRun(task, seed)
-            self._to(run.device)
-            c = torch.zeros(run.basis.dim, device=run.device, dtype=run.basis.compute_dtype)
-            state = self.rule.init_state(run.basis.dim, device=run.device, dtype=c.dtype)
-            first = mean = float("nan")
-            done, diverged = 0, False
-            while args.inner_steps - done >= 2:
-                steps = min(args.unroll_length, args.inner_steps - done)
-                surrogate, c, state, losses = unroll(self.rule, run, c, state, steps=steps, lr=args.learning_rate)
-                done += steps
-                if done == steps:
-                    first = float(losses[0])
-                mean = float(losses.mean())
-                if not mean <= args.divergence_factor * first:  # also true of NaN
-                    diverged = True
-                    logger.warning("task %r diverged after %d steps (loss %g): episode ended", task.name, done, mean)
-                    break
-                self.optimizer.zero_grad()
-                surrogate.backward()  # type: ignore[no-untyped-call]
-                if args.max_grad_norm > 0:
-                    torch.nn.utils.clip_grad_norm_(self.rule.parameters(), args.max_grad_norm)
-                if all(bool(p.grad is None or torch.isfinite(p.grad).all()) for p in self.rule.parameters()):
-                    self.optimizer.step()
-                c, state = c.detach(), state.detach()
-        seconds = time.perf_counter() - start
-        return {"first_loss": first, "last_loss": mean, "steps": done, "diverged": diverged, "seconds": seconds}
+    def _begin_episodes(self) -> None:
+        args, rank, processes = self.args, self.accelerator.process_index, self.accelerator.num_processes
+        self.window = 0
+        for index in range(rank, len(self.tasks) * args.episodes_per_task, processes):
+            self.episodes.append(self._episode(index))
+        for episode in self.episodes:
+            episode.begin(self.rule)
 
-    def _to(self, device: torch.device) -> None:
-        self.rule.to(device)
-        for state in self.optimizer.state.values():  # a resumed Adam was loaded where the rule was then
-            state.update({key: value.to(device) for key, value in state.items() if key != "step"})
+    def _episode(self, index: int) -> Episode:
+        task = self.tasks[index // self.args.episodes_per_task]
+        return Episode(
+            index,
+            task,
+            self.estimator,
+            seed=self._seed(self.epoch, index),
+            steps=self.args.steps_at(self.epoch),
+            random_scaling=self.args.random_scaling,
+            device=self.device,
+            autocast=self.autocast,
+        )
+
+    def _meta_step(self, *, stop: bool) -> tuple[int, bool]:
+        """A window of every episode and one step of the meta-optimizer; returns how many still run, and who stops."""
+        args, weights = self.args, list(self.rule.parameters())
+        sizes = [p.numel() for p in weights]
+        # One vector, so that processes meet once: the gradients, the episodes behind them, the wish to stop.
+        total = torch.zeros(sum(sizes) + 2, dtype=weights[0].dtype, device=self.device)
+        for episode in self.episodes:
+            gradient = episode.advance(self.rule, args)
+            if gradient is not None:
+                total[:-2] += gradient
+                total[-2] += 1
+        total[-1] = float(stop)
+        total = self._sum(total)
+        alive = int(total[-2])
+        if alive:
+            for p, gradient in zip(weights, (total[:-2] / alive).split(sizes), strict=True):
+                p.grad = gradient.view_as(p)
+            norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm if args.max_grad_norm > 0 else math.inf)
+            for group, lr in zip(self.optimizer.param_groups, self._meta_lrs, strict=True):
+                group["lr"] = lr * self._meta_lr_factor()
+            if bool(torch.isfinite(norm)):
+                self.optimizer.step()
+            if self.meta_step % args.logging_steps == 0 and args.report_to not in ("none", ""):
+                values = {f"{e.task.name}/loss": e.mean for e in self.episodes}
+                self.accelerator.log({**values, "meta_grad_norm": float(norm)}, step=self.meta_step)
+        self.window += 1
+        self.meta_step += 1
+        return alive, bool(total[-1] > 0)
+
+    def _meta_lr_factor(self) -> float:
+        if self.args.meta_lr_scheduler_type == "constant":
+            return 1.0
+        windows = math.ceil(self.args.steps_at(self.epoch) / self.args.unroll_length)
+        done = (self.epoch + self.window / windows) / self.args.meta_epochs
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    def _end_episodes(self) -> None:
+        entries = self._gather([(e.index, {"meta_epoch": self.epoch, **e.summary()}) for e in self.episodes])
+        for _, entry in sorted(entries, key=lambda pair: pair[0]):
+            self._log(entry)
+        self.episodes, self.window = [], 0
+        self.epoch += 1
+        if self.epoch % self.args.eval_every == 0 or self.epoch == self.args.meta_epochs:
+            self._validate()
+        self._save()
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        self.log_history.append(entry)
+        for callback in self.callbacks:
+            callback(self, entry)
+        if self.args.report_to not in ("none", "") and "validation_loss" in entry:
+            values = {"validation_loss": entry["validation_loss"], **entry["validation"]}
+            self.accelerator.log(values, step=self.meta_step)
+
+    # Validation
 
     def _validate(self) -> None:
         """Mean held-out loss of the frozen rule at 1/8, 1/4, 1/2 and all of N: speed counts as much as the end."""
-        losses = [self._validation_loss(task) for task in self.eval_tasks]
-        loss = sum(losses) / len(losses)
-        if loss < self.best:
-            self.best = loss
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        mine = {i: self._validation_losses(self.eval_tasks[i]) for i in range(rank, len(self.eval_tasks), processes)}
+        losses = dict(sorted(pair for pair in self._gather(list(mine.items()))))
+        names = [task.name for task in self.eval_tasks]
+        means = {names[i]: mean for i, (_, mean) in losses.items()}
+        score = sum(mean / first for first, mean in losses.values()) / len(losses)
+        score = score if score == score else float("inf")
+        if score < self.best:
+            self.best = score
             self.best_weights = {name: tensor.detach().clone() for name, tensor in self.rule.state_dict().items()}
-        self.log_history.append({"meta_epoch": self.epoch, "validation_loss": loss, "best": self.best})
+        mean = sum(means.values()) / len(means)
+        self._log(
+            {"meta_epoch": self.epoch, "validation_loss": mean, "validation": means, "score": score, "best": self.best}
+        )
 
-    @torch.no_grad()
-    def _validation_loss(self, task: Task) -> float:
-        n = self.args.inner_steps
-        points, losses = {max(1, n // 8), max(1, n // 4), max(1, n // 2), n}, []
-        with torch.random.fork_rng():
-            torch.manual_seed(self.args.seed)
-            run = InnerRun(task, seed=self.args.seed - 1)
-            self.rule.to(run.device)
-            state = self.rule.init_state(run.basis.dim, device=run.device, dtype=run.basis.compute_dtype)
-            for step in range(1, n + 1):
-                with torch.enable_grad():
-                    _, g = run.gradient()
-                delta, state = self.rule(g, state)
-                run.move(-self.args.learning_rate * delta)
-                if step in points:
-                    losses.append(float(run.evaluate()))
+    def _validation_losses(self, task: Task) -> tuple[float, float]:
+        """Held-out loss before training, and its mean over the points of a run with the frozen rule."""
+        args, n = self.args, self.args.inner_steps
+        result = train_on(
+            task,
+            lambda c: LearnedOptimizer(c, self.rule, lr=args.learning_rate, capturable=True, total_steps=n),
+            n,
+            seed=args.seed - 1,
+            schedule=args.lr_scheduler_type,
+            evaluate_at={0, max(1, n // 8), max(1, n // 4), max(1, n // 2), n},
+            device=self.device,
+            autocast=self.autocast,
+        )
+        first, *losses = [loss for _, loss in result["eval"]]
         mean = sum(losses) / len(losses)
-        return mean if mean == mean else float("inf")
+        return first, mean if mean == mean else float("inf")
 
-    # Checkpoints: one file of tensors whose metadata say where the run stands, so that it changes as a whole.
+    # Between processes
 
-    def _stamp(self) -> str:
-        settings = {
-            key: value for key, value in asdict(self.args).items() if key not in ("output_dir", "disable_tqdm")
-        }
-        settings.pop("meta_epochs")  # a longer run may go on from a shorter one
+    def _sum(self, vector: torch.Tensor) -> torch.Tensor:
+        try:
+            return reduce(vector, "sum")  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            raise self._alone(error) from error
+
+    def _gather(self, entries: list[Any]) -> list[Any]:
+        try:
+            return list(gather_object(entries))
+        except RuntimeError as error:
+            raise self._alone(error) from error
+
+    def _alone(self, error: RuntimeError) -> RuntimeError:
+        return RuntimeError(
+            f"process {self.accelerator.process_index} waits for one that is gone ({str(error).splitlines()[0]}); the "
+            f"other's output says why. Start the same command again: it goes on from the checkpoint in {self.folder}"
+        )
+
+    def _broadcast_weights(self) -> None:
+        """All processes begin with the first one's weights."""
+        main = self.accelerator.is_main_process
+        for p in self.rule.parameters():
+            p.data.copy_(self._sum(p.data.clone() if main else torch.zeros_like(p.data)))
+
+    # Checkpoints: a folder a checkpoint, and a manifest that names the newest one that is complete.
+
+    def _stamp(self) -> dict[str, Any]:
+        args = {key: value for key, value in asdict(self.args).items() if key not in _FREE}
+        if self.args.meta_lr_scheduler_type == "constant" and not self.args.curriculum:
+            args.pop("meta_epochs")  # a longer run may go on from a shorter one
         tasks = [[task.name, task.basis.fingerprint] for task in self.tasks]
-        return json.dumps({"args": settings, "rule": asdict(self.rule.config), "tasks": tasks}, sort_keys=True)
+        stamp = {"args": args, "rule": asdict(self.rule.config), "tasks": tasks, "estimator": repr(self.estimator)}
+        return json.loads(json.dumps(stamp))  # type: ignore[no-any-return]
 
     def _save(self) -> None:
-        tensors = {f"rule.{name}": tensor for name, tensor in self.rule.state_dict().items()}
-        tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{index}.{key}": value for key, value in state.items()}
-        progress = {"epoch": self.epoch, "best": self.best, "log_history": self.log_history}
-        save_tensors(
-            self.folder / "checkpoint.safetensors", tensors, stamp=self._stamp(), progress=json.dumps(progress)
-        )
-        save_json(self.folder / "log.json", self.log_history)
+        name = f"checkpoint-{self.meta_step:07d}"
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for episode in self.episodes:
+            save_tensors(folder / f"episode-{episode.index}.safetensors", episode.state_dict(), **episode.numbers())
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            tensors = {f"rule.{name}": tensor for name, tensor in self.rule.state_dict().items()}
+            tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
+            for index, state in self.optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
+            save_tensors(folder / "meta.safetensors", tensors)
+            progress: dict[str, Any] = {
+                "epoch": self.epoch,
+                "meta_step": self.meta_step,
+                "window": self.window,
+                "best": self.best,
+            }
+            progress |= {"in_episode": bool(self.episodes), "log_history": self.log_history}
+            manifest = self.folder / _MANIFEST
+            previous = load_json(manifest)["folder"] if manifest.is_file() else None
+            save_json(manifest, {"folder": name, "stamp": self._stamp(), "progress": progress})
+            save_json(self.folder / "log.json", self.log_history)
+            if previous not in (None, name):
+                for path in (self.folder / previous).glob("*.safetensors"):
+                    path.unlink()
+                (self.folder / previous).rmdir()
+        self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        path = self.folder / "checkpoint.safetensors"
+        path = self.folder / _MANIFEST
         if not path.is_file():
             return
-        with open_tensors(path) as file:
-            metadata = file.metadata() or {}
-        if metadata.get("stamp") != self._stamp():
-            raise ValueError(
-                f"{path} was made with other settings, another rule or tasks; use another output_dir, or delete it"
-            )
-        progress = json.loads(metadata["progress"])
-        self.epoch, self.best, self.log_history = progress["epoch"], progress["best"], progress["log_history"]
-        tensors = load_tensors(path)
-        part = lambda head: {k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)}  # noqa: E731
-        self.rule.load_state_dict(part("rule."))
-        self.best_weights = part("best.")
+        manifest, stamp = load_json(path), self._stamp()
+        for part, expected in stamp.items():
+            found = manifest["stamp"].get(part)
+            if found != expected:
+                raise ValueError(
+                    f"{path} was made with other settings: {_first_difference(part, found, expected)}; use another "
+                    "output_dir, or delete it"
+                )
+        progress, folder = manifest["progress"], self.folder / manifest["folder"]
+        self.epoch, self.meta_step, self.window = progress["epoch"], progress["meta_step"], progress["window"]
+        self.best, self.log_history = progress["best"], progress["log_history"]
+        tensors = load_tensors(folder / "meta.safetensors")
+
+        def under(head: str) -> dict[str, torch.Tensor]:
+            return {name.removeprefix(head): value for name, value in tensors.items() if name.startswith(head)}
+
+        self.rule.load_state_dict(under("rule."))
+        self.best_weights = {name: tensor.to(self.device) for name, tensor in under("best.").items()}
         state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in part("adam.").items():
-            index, _, key = name.partition(".")
-            state.setdefault(int(index), {})[key] = value
+        for name, value in under("optimizer.").items():
+            number, _, key = name.partition(".")
+            state.setdefault(int(number), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        if progress["in_episode"]:
+            rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+            for index in range(rank, len(self.tasks) * self.args.episodes_per_task, processes):
+                self.episodes.append(self._episode(index))
+                self.episodes[-1].load(folder / f"episode-{index}.safetensors")
+
+
+def _first_difference(part: str, found: Any, expected: Any) -> str:
+    """Names the first setting in which two stamps differ."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        key = next(key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key))
+        return f"{key} was {found.get(key)!r}, this run has {expected.get(key)!r}"
+    return f"{part} was {found!r}, this run has {expected!r}"

@@ -63,6 +63,7 @@ def build_optimizer(
     eps: float = 1e-8,
     outside: str = "freeze",
     max_grad_norm: float = 0.0,
+    total_steps: int | None = None,
 ) -> Optimizer:
     """Builds the optimizer of one of our names; strings are loaded here and nowhere else.
 
@@ -80,6 +81,7 @@ def build_optimizer(
         outside (`str`, *optional*, defaults to `"freeze"`): What happens to trainable parameters the basis does not
             cover: `"freeze"`, or `"adamw"` (lr 1e-3) in a second param group.
         max_grad_norm (`float`, *optional*, defaults to 0.0): Clip the projected gradient; 0: no clipping.
+        total_steps (`int`, *optional*): Steps of the run, for a rule that sees the share that is done.
 
     Raises:
         `ValueError`: an unknown name, or a basis that is missing or does not fit the model.
@@ -96,14 +98,14 @@ def build_optimizer(
                 "(make one with TrajectoryCallback and fit_basis)"
             )
         trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
-        return LearnedOptimizer(trainable, load_rule(rule, with_basis=False), lr=lr)
+        return LearnedOptimizer(trainable, load_rule(rule, with_basis=False), lr=lr, total_steps=total_steps)
     basis = basis if isinstance(basis, Basis) else Basis.from_pretrained(basis)
     if units is not None:
         basis = basis.with_units(units)
     inner: Inner
     if optim == "sl2o":
         learned = load_rule(rule, with_basis=True)
-        inner = lambda c: LearnedOptimizer(c, learned, lr=lr)  # noqa: E731
+        inner = lambda c: LearnedOptimizer(c, learned, lr=lr, total_steps=total_steps)  # noqa: E731
     elif optim == "subspace_adamw":
         inner = lambda c: torch.optim.AdamW(c, lr=lr, betas=betas, eps=eps, weight_decay=0.0)  # noqa: E731
     else:
@@ -170,6 +172,8 @@ def _handler(context: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str
             )
         else:
             options["lr"] = args.learning_rate
+    if args.max_steps > 0:
+        options["total_steps"] = args.max_steps
     if options["optim"] == "subspace_adamw":
         options["betas"], options["eps"] = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
     if options.get("basis") is not None:

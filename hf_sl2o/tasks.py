@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
 from .subspace import Basis
@@ -49,52 +52,223 @@ class Task:
 class InnerRun:
     """One run of a task's model: hands out (loss, projected gradient) and moves the weights along the basis.
 
+    It has random numbers of its own (dropout, augmentation), so that what runs beside it does not change it.
+
+    Args:
+        task ([`Task`]): What is run.
+        seed (`int`): Of the batches and of dropout.
+        device (`torch.device`, *optional*): Where the model and the batches go; by default they stay where they are.
+        autocast (`torch.dtype`, *optional*): Precision of the network's forward pass, such as `torch.bfloat16`.
+        scales (`torch.Tensor` of shape `(d,)`, *optional*): Runs in coordinates c' with c = scales * c'.
+
     Raises:
         `ValueError`: the basis does not fit the model (task named).
     """
 
-    def __init__(self, task: Task, seed: int, model: nn.Module | None = None) -> None:
-        self.task = task
-        self.model = task.build_model() if model is None else model
+    def __init__(
+        self,
+        task: Task,
+        seed: int,
+        *,
+        device: torch.device | None = None,
+        autocast: torch.dtype | None = None,
+        scales: torch.Tensor | None = None,
+    ) -> None:
+        self.task, self.drawn = task, 0
+        self._autocast = autocast
+        outside = _rng_state()
+        self.model = task.build_model() if device is None else task.build_model().to(device)
+        torch.manual_seed(seed)
+        self._rng = _rng_state()
+        _set_rng_state(outside)
         try:
             self.parameters, _ = task.basis.layout.select(self.model.named_parameters())
         except ValueError as error:
             raise ValueError(f"task {task.name!r}: {error}") from error
-        self.basis = task.basis.to(device=self.parameters[0].device)
+        self.basis = task.basis.to(device=self.device)
+        self._send = device is not None
+        self._scales = None if scales is None else scales.to(self.device, self.basis.compute_dtype)
         self._batches = iter(task.batches(seed))
 
     @property
     def device(self) -> torch.device:
         return self.parameters[0].device
 
-    def gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the loss of the next batch and g of shape `(d,)`, both without a graph.
+    @contextmanager
+    def own_randomness(self) -> Iterator[None]:
+        """Draws from this run's random numbers inside the block."""
+        outside = _rng_state()
+        _set_rng_state(self._rng)
+        try:
+            yield
+        finally:
+            self._rng = _rng_state()
+            _set_rng_state(outside)
+
+    @contextmanager
+    def _naming_the_task(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise RuntimeError(
+                f"task {self.task.name!r} failed at batch {self.drawn}: {type(error).__name__}: {error}"
+            ) from error
+
+    def next_batch(self) -> Any:
+        """Returns the next training batch, on the model's device.
 
         Raises:
             `ValueError`: the batches ran out.
+            `RuntimeError`: the task's own code raised (task and batch named); so do the methods below.
         """
-        try:
-            batch = next(self._batches)
-        except StopIteration:
-            raise ValueError(
-                f"task {self.task.name!r} ran out of batches; yield at least inner_steps of them"
-            ) from None
-        loss = self.task.loss(self.model, batch)
-        for p in self.parameters:
-            p.grad = None
-        loss.backward()
-        return loss.detach(), self.basis.project([p.grad for p in self.parameters])
+        with self._naming_the_task():
+            batch = next(self._batches, None)
+        if batch is None:
+            raise ValueError(f"task {self.task.name!r} ran out of batches; yield at least inner_steps of them")
+        self.drawn += 1
+        return send_to_device(batch, self.device) if self._send else batch
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """Returns the mean loss of a batch, 0-d, with its graph."""
+        autocast = torch.autocast(self.device.type, self._autocast, enabled=self._autocast is not None)
+        with self._naming_the_task(), autocast:
+            return self.task.loss(self.model, batch)
+
+    def gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the loss of the next batch and g of shape `(d,)`, both without a graph."""
+        with self.own_randomness():
+            loss = self.loss(self.next_batch())
+            for p in self.parameters:
+                p.grad = None
+            with self._naming_the_task():
+                loss.backward()
+        return loss.detach(), self.scaled(self.basis.project([p.grad for p in self.parameters]))
+
+    def scaled(self, vector: torch.Tensor) -> torch.Tensor:
+        """Returns `scales * vector`: a movement in the basis' coordinates, or a gradient in this run's."""
+        return vector if self._scales is None else vector * self._scales
 
     @torch.no_grad()
     def move(self, delta: torch.Tensor) -> None:
         """theta = theta + lift(delta)."""
-        self.basis.add_(self.parameters, delta)
+        self.basis.add_(self.parameters, self.scaled(delta))
 
     @torch.no_grad()
     def evaluate(self) -> torch.Tensor:
         """Returns the mean loss over the held-out batches, 0-d, in evaluation mode."""
         training = self.model.training
         self.model.eval()
-        losses = [self.task.loss(self.model, batch).float() for batch in self.task.eval_batches]
+        batches = self.task.eval_batches
+        losses = [self.loss(send_to_device(b, self.device) if self._send else b).float() for b in batches]
         self.model.train(training)
         return torch.stack(losses).mean()
+
+    # Where the run stands, as tensors
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Returns weights, buffers, random state and the number of batches drawn."""
+        tensors = {f"parameter.{i}": p.detach() for i, p in enumerate(self.parameters)}
+        tensors |= {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
+        tensors |= {f"rng.{i}": state for i, state in enumerate(self._rng)}
+        return {**tensors, "drawn": torch.tensor(self.drawn)}
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Goes to where `state_dict` was taken; of the batches in between the generator is run, not the model."""
+        for i, p in enumerate(self.parameters):
+            p.copy_(tensors[f"parameter.{i}"])
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(tensors[f"buffer.{name}"])
+        with self.own_randomness():
+            while self.drawn < int(tensors["drawn"]):
+                self.next_batch()
+        self._rng = [tensors[f"rng.{i}"].cpu() for i in range(len(self._rng))]
+
+
+def _rng_state() -> list[torch.Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_available() else states
+
+
+def _set_rng_state(states: Sequence[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1])
+
+
+def train_on(
+    task: Task,
+    optimizer: Callable[[list[torch.Tensor]], torch.optim.Optimizer],
+    steps: int,
+    *,
+    seed: int = 0,
+    schedule: str = "constant",
+    evaluate_at: Collection[int] = (),
+    metric: Callable[[nn.Module], float] | None = None,
+    device: torch.device | None = None,
+    autocast: torch.dtype | None = None,
+) -> dict[str, Any]:
+    """Trains a task's model by moving its coefficients with any torch optimizer, a learned one or a baseline.
+
+    Args:
+        task ([`Task`]): What is trained.
+        optimizer (`Callable`): Makes the optimizer of `[c]`, such as `lambda c: LearnedOptimizer(c, rule)`.
+        steps (`int`): Optimizer steps.
+        seed (`int`, *optional*, defaults to 0): Of the batches and of dropout.
+        schedule (`str`, *optional*, defaults to `"constant"`): `"constant"` or `"linear"` (to zero at the last step).
+        evaluate_at (`Collection[int]`, *optional*): Steps after which the held-out loss is taken; 0: before training.
+        metric (`Callable`, *optional*): Also taken there, such as an accuracy.
+        device, autocast (*optional*): As for [`InnerRun`].
+
+    Returns:
+        `train_loss` (a list of `steps` floats), `eval` (a list of `[step, loss]`, or `[step, loss, metric]`), and
+        `seconds` without evaluation.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from hf_sl2o import Layout, RandomBasis, Task, train_on
+    >>> def build():
+    ...     torch.manual_seed(0)
+    ...     return torch.nn.Linear(30, 20)
+    >>> basis = RandomBasis(Layout.from_named_parameters(build().named_parameters()), dim=4)
+    >>> data = [torch.ones(2, 30)] * 10
+    >>> task = Task("regression", build, lambda seed: data, lambda model, x: model(x).square().mean(), basis, data[:1])
+    >>> result = train_on(task, lambda c: torch.optim.SGD(c, lr=1.0), steps=10, evaluate_at=(0, 10))
+    >>> result["eval"][1][1] < result["eval"][0][1]
+    True
+    ```
+    """
+    run = InnerRun(task, seed, device=device, autocast=autocast)
+    c = nn.Parameter(torch.zeros(run.basis.dim, device=run.device, dtype=run.basis.compute_dtype))
+    inner = optimizer([c])
+    base = [float(group["lr"]) for group in inner.param_groups]
+    losses, evals, spent = [], [], 0.0
+
+    def take(step: int) -> None:
+        if step in evaluate_at:
+            evals.append([step, float(run.evaluate()), *([] if metric is None else [metric(run.model)])])
+
+    take(0)
+    for step in range(steps):
+        start = time.perf_counter()
+        for group, lr in zip(inner.param_groups, base, strict=True):
+            group["lr"] = lr * schedule_factor(schedule, step, steps)
+        loss, c.grad = run.gradient()
+        before = c.detach().clone()
+        inner.step()
+        run.move(c.detach() - before)
+        losses.append(loss)
+        spent += time.perf_counter() - start
+        take(step + 1)
+    return {"train_loss": torch.stack(losses).tolist(), "eval": evals, "seconds": spent}
+
+
+def schedule_factor(schedule: str, step: int, steps: int) -> float:
+    """Returns what the learning rate is multiplied by at `step` (from 0) of `steps`, as transformers' schedules do."""
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return (steps - step) / steps
+    raise ValueError(f'the schedule is {schedule!r}, expected "constant" or "linear"')

@@ -188,7 +188,7 @@ def test_state_dict_resumes_to_the_bit(tmp_path):
     torch.save(first.state_dict(), tmp_path / "optimizer.pt")
     saved = torch.load(tmp_path / "optimizer.pt", weights_only=True)
     keys = {key for entry in saved["state"].values() for key in entry}
-    assert keys == {"step", "exp_avg", "exp_avg_sq", "hidden", "cell"} and len(saved["state"]) == 4
+    assert keys == {"step", "exp_avg", "exp_avg_sq", "hidden", "cell", "momenta"} and len(saved["state"]) == 4
     forgetful = copy.deepcopy(part)
     second = LearnedOptimizer(part.parameters(), rule())
     second.load_state_dict(saved)

@@ -111,16 +111,16 @@ def test_killed_anywhere_it_goes_on_to_the_same_result(finished, tmp_path, monke
 
     original = gpt2_e2e.Bar
     monkeypatch.setattr(gpt2_e2e, "Bar", lambda: Killer())
-    episode = gpt2_e2e.MetaTrainer.episode
-    episodes = {"left": 2}
+    meta_step = gpt2_e2e.MetaTrainer._meta_step
+    meta_steps = {"left": 3}
 
-    def dying_episode(self, *args, **kwargs):
-        episodes["left"] -= 1
-        if episodes["left"] == 0:
+    def dying_meta_step(self, **kwargs):
+        meta_steps["left"] -= 1
+        if meta_steps["left"] == 0:
             raise Killed
-        return episode(self, *args, **kwargs)
+        return meta_step(self, **kwargs)
 
-    monkeypatch.setattr(gpt2_e2e.MetaTrainer, "episode", dying_episode)
+    monkeypatch.setattr(gpt2_e2e.MetaTrainer, "_meta_step", dying_meta_step)
     kills = 0
     for left in (13, 10_000, 5, 20):
         steps["left"] = left

@@ -11,9 +11,6 @@ from torch.optim import Optimizer
 from ..rule import Rule, RuleState
 from ._common import NonFiniteGuard, check_same, load_keeping_dtypes
 
-# Coordinates a call of the rule: what it keeps per coordinate then stays in the cache (2.6 x faster on a CPU).
-_CHUNK = {"cpu": 1 << 13, "cuda": 1 << 20}
-
 
 class LearnedOptimizer(Optimizer):
     """A learned rule as a `torch.optim.Optimizer` over any tensors, such as LoRA factors or a small network.
@@ -36,6 +33,7 @@ class LearnedOptimizer(Optimizer):
         capturable (`bool`, *optional*, defaults to `False`): Nothing is ever read back to the host; three non-finite
             steps in a row then do not raise.
         differentiable (`bool`, *optional*, defaults to `False`): Autograd runs through `step`, for non-leaf tensors.
+        total_steps (`int`, *optional*): Steps of the whole run, for a rule that sees the share that is done.
 
     Example:
 
@@ -62,6 +60,7 @@ class LearnedOptimizer(Optimizer):
         maximize: bool = False,
         capturable: bool = False,
         differentiable: bool = False,
+        total_steps: int | None = None,
     ) -> None:
         if not isinstance(rule, Rule):
             raise TypeError(f"rule is a {type(rule).__name__}, expected a Rule such as LSTMRule")
@@ -78,6 +77,7 @@ class LearnedOptimizer(Optimizer):
             "maximize": maximize,
             "capturable": capturable,
             "differentiable": differentiable,
+            "total_steps": total_steps,
             "rule_fingerprint": rule.fingerprint,
         }
         self.rule = rule
@@ -166,7 +166,7 @@ class LearnedOptimizer(Optimizer):
         return loss
 
     def _update(self, params: Sequence[torch.Tensor], group: dict[str, Any]) -> None:
-        """One computation over the concatenation of `params`, a chunk of coordinates at a time."""
+        """One computation over the concatenation of `params`."""
         state = self._flat_state(params)
         # The border: from here on everything is in the dtype of the rule (fp32), whatever the model's.
         g = torch.cat([p.grad.reshape(-1).to(state.exp_avg.dtype) for p in params if p.grad is not None])  # (N,)
@@ -174,17 +174,9 @@ class LearnedOptimizer(Optimizer):
             g = -g
         finite = torch.isfinite(g).all()  # ()
         self._non_finite.record(finite)
-        lr, chunk = group["lr"], _CHUNK.get(g.device.type, 1 << 16)
-        options = {"betas": group["betas"], "eps": group["eps"]}
-        for start in range(0, g.numel(), chunk):
-            part = slice(start, start + chunk)
-            step = state.step if state.step.ndim == 0 else state.step[part]
-            old = RuleState(step, *(tensor[part] for tensor in state[1:]))
-            delta, new = self.rule(g[part], old, **options)
-            for previous, following in zip(old[1:], new[1:], strict=True):
-                previous.copy_(torch.where(finite, following, previous))
-            g[part] = torch.where(finite, delta, 0)  # g is not needed again: no second vector of N numbers
-        state.step.add_(finite)
+        options = {name: group[name] for name in ("betas", "eps", "total_steps")}
+        self.rule.update_(g, state, finite=finite, **options)
+        lr = group["lr"]
         offset = 0
         for p in params:
             delta = g[offset : offset + p.numel()].view_as(p)
@@ -197,7 +189,8 @@ class LearnedOptimizer(Optimizer):
         state = self._state_of(p)
         assert p.grad is not None
         g = p.grad.reshape(-1).to(state.exp_avg.dtype)
-        delta, state = self.rule(-g if group["maximize"] else g, state, betas=group["betas"], eps=group["eps"])
+        options = {name: group[name] for name in ("betas", "eps", "total_steps")}
+        delta, state = self.rule(-g if group["maximize"] else g, state, **options)
         self.state[p].update(state._asdict())
         if group["weight_decay"]:
             p.mul_(1 - group["lr"] * group["weight_decay"])

@@ -1,0 +1,129 @@
+"""One episode of meta-training: a run of N steps on one task, advanced a window at a time, saved and resumed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .estimators import Carry, Estimator
+from .files import load_tensors, open_tensors
+from .rule import Rule
+from .tasks import InnerRun, Task, schedule_factor
+
+if TYPE_CHECKING:
+    from .meta import MetaTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+class Episode:
+    """The state of one episode; a seed decides its batches, its dropout, its scales and what its estimator draws.
+
+    Args:
+        index (`int`): Its number among a meta-epoch's episodes.
+        task ([`Task`]): What is run.
+        estimator ([`~hf_sl2o.estimators.Estimator`]): Of the meta-gradient.
+        seed (`int`): See above.
+        steps (`int`): N.
+        random_scaling (`float`): s: coefficient i is scaled by exp(U(-s, s)); 0: not.
+        device (`torch.device`): Where the model goes.
+        autocast (`torch.dtype`, *optional*): Precision of the network's forward pass.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        task: Task,
+        estimator: Estimator,
+        *,
+        seed: int,
+        steps: int,
+        random_scaling: float,
+        device: torch.device,
+        autocast: torch.dtype | None,
+    ) -> None:
+        self.index, self.task, self.estimator, self.seed, self.steps = index, task, estimator, seed, steps
+        scales = None
+        if random_scaling:
+            uniform = torch.rand(task.basis.dim, generator=torch.Generator().manual_seed(seed & 0x7FFF_FFFF))
+            scales = torch.exp(random_scaling * (2 * uniform - 1))  # (d,)
+        self.runs = [
+            InnerRun(task, seed, device=device, autocast=autocast, scales=scales) for _ in range(estimator.runs)
+        ]
+        self.carry: Carry = {}
+        self.done, self.diverged = 0, False
+        self.first = self.mean = float("nan")
+        self.seconds = 0.0
+
+    def begin(self, rule: Rule) -> None:
+        self.carry = self.estimator.begin(rule, self.runs)
+
+    def advance(self, rule: Rule, args: MetaTrainingArguments) -> torch.Tensor | None:
+        """Runs the next window; returns its meta-gradient, flat, divided by the episode's first loss.
+
+        None if the episode has ended, or diverges in this window.
+        """
+        length = min(args.unroll_length, self.steps - self.done)
+        if self.diverged or length < 2:
+            return None
+        start = time.perf_counter()
+        steps = range(self.done, self.done + length)
+        lrs = [args.learning_rate * schedule_factor(args.lr_scheduler_type, step, self.steps) for step in steps]
+        generator = torch.Generator().manual_seed((self.seed * 7919 + self.done + 1) & 0x7FFF_FFFF_FFFF)
+        window = self.estimator.window(rule, self.runs, self.carry, lrs, total_steps=self.steps, generator=generator)
+        self.carry = window.carry
+        if self.done == 0:
+            self.first = float(window.losses[0])
+        self.done += length
+        self.mean = float(window.losses.mean())
+        gradient = torch.cat([g.reshape(-1) for g in window.gradients]) / max(abs(self.first), 1e-12)
+        self.seconds += time.perf_counter() - start
+        # The comparison is also false of NaN.
+        if self.mean <= args.divergence_factor * abs(self.first) and bool(torch.isfinite(gradient).all()):
+            return gradient
+        self.diverged = True
+        logger.warning(
+            "task %r diverged after %d steps (loss %g): its episode ends", self.task.name, self.done, self.mean
+        )
+        return None
+
+    def summary(self) -> dict[str, Any]:
+        """What the log holds of it."""
+        return {
+            "task": self.task.name,
+            "first_loss": self.first,
+            "last_loss": self.mean,
+            "steps": self.done,
+            "diverged": self.diverged,
+            "seconds": self.seconds,
+        }
+
+    # Files
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        tensors = {f"carry.{name}": value for name, value in self.carry.items()}
+        for i, run in enumerate(self.runs):
+            tensors |= {f"run.{i}.{name}": value for name, value in run.state_dict().items()}
+        return tensors
+
+    def numbers(self) -> dict[str, str]:
+        return {"episode": json.dumps([self.done, self.diverged, self.first, self.mean, self.seconds])}
+
+    def load(self, path: Path) -> None:
+        """Goes to where it was saved."""
+        with open_tensors(path) as file:
+            numbers = json.loads(file.metadata()["episode"])
+        self.done, self.diverged, self.first, self.mean, self.seconds = numbers
+        tensors = load_tensors(path)
+
+        def part(head: str) -> dict[str, torch.Tensor]:
+            return {name.removeprefix(head): value for name, value in tensors.items() if name.startswith(head)}
+
+        self.carry = {name: value.to(self.runs[0].device) for name, value in part("carry.").items()}
+        for i, run in enumerate(self.runs):
+            run.load_state_dict(part(f"run.{i}."))
