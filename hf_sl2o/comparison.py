@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import platform
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .files import load_json, save_json
+from .tasks import Task, train_on
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "hf_sl2o")
 
@@ -92,6 +97,103 @@ def mean_curve(curves: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]
     return [[points[0][0], sum(loss for _, loss in points) / len(points)] for points in zip(*curves, strict=True)]
 
 
+@dataclass(frozen=True)
+class Arm:
+    """An optimizer in a comparison.
+
+    Args:
+        make (`Callable`): Maps a learning rate to what makes the optimizer of `[c]`.
+        learning_rates (`tuple[float, ...]`): Its grid; one rate is taken as it is.
+        units (`str`, *optional*, defaults to `"std"`): Coordinates of the basis.
+        key (`str`, *optional*, defaults to the arm's name): Tells its kept runs from those of others, such as a
+            rule's fingerprint.
+    """
+
+    make: Callable[[float], Callable[[list[torch.Tensor]], torch.optim.Optimizer]]
+    learning_rates: tuple[float, ...]
+    units: str = "std"
+    key: str = ""
+
+
+def compare_on(
+    task: Task,
+    arms: Mapping[str, Arm],
+    steps: int,
+    *,
+    seeds: int = 3,
+    schedule: str = "linear",
+    eval_every: int = 10,
+    cache: Path,
+    finalists: int = 2,
+    **options: Any,
+) -> dict[str, Any]:
+    """Runs every arm on a task; learning rates by held-out loss: a grid with one seed, its best over all seeds.
+
+    While the best rate lies at an edge, the grid grows by factors of 10^0.5, up to eight rates. Each run is kept in
+    `cache`, so that a killed comparison goes on.
+
+    Args:
+        task ([`Task`]): What is trained.
+        arms (`Mapping[str, Arm]`): The optimizers.
+        steps (`int`): Of each run.
+        seeds (`int`, *optional*, defaults to 3): Runs of each arm; they differ in batches and dropout.
+        schedule (`str`, *optional*, defaults to `"linear"`): Of every arm's learning rate.
+        eval_every (`int`, *optional*, defaults to 10): Steps between held-out losses.
+        cache (`Path`): A folder.
+        finalists (`int`, *optional*, defaults to 2): Rates that are run with all seeds.
+        **options: For [`~hf_sl2o.tasks.train_on`].
+
+    Returns:
+        Per arm: `learning_rate`, `grid` (rate, curve), `finalists` (rate, mean final loss), `eval_per_seed`, `eval`
+        (mean curve), `final_eval_loss`, `seconds`.
+    """
+    points = {*range(0, steps + 1, eval_every), steps}
+
+    def run(name: str, arm: Arm, lr: float, seed: int) -> dict[str, Any]:
+        where = task.basis.fingerprint, arm.units, steps, schedule, eval_every
+        path = cache / task.name / f"{arm.key or name}-{lr:g}-seed-{seed}.json"
+        known = load_json(path) if path.is_file() else {}
+        if known.get("key") != list(where):
+            at = dataclasses.replace(task, basis=task.basis.with_units(arm.units))
+            result = train_on(at, arm.make(lr), steps, seed=seed, schedule=schedule, evaluate_at=points, **options)
+            known = {"key": list(where), "eval": result["eval"], "seconds": result["seconds"]}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_json(path, known)
+        return known
+
+    def final(result: dict[str, Any]) -> float:
+        loss = float(result["eval"][-1][1])
+        return loss if loss == loss else float("inf")
+
+    results = {}
+    for name, arm in arms.items():
+        tuned = {lr: run(name, arm, lr, 0) for lr in arm.learning_rates}
+        while True:
+            ranked = sorted(tuned, key=lambda lr: final(tuned[lr]))  # noqa: B023
+            rates = sorted(tuned)
+            if not 1 < len(rates) < 8 or rates[0] < ranked[0] < rates[-1]:
+                break
+            lr = float(f"{ranked[0] * 10 ** (0.5 if ranked[0] == rates[-1] else -0.5):.1g}")
+            tuned[lr] = run(name, arm, lr, 0)
+        per_rate = {
+            lr: [tuned[lr], *(run(name, arm, lr, seed) for seed in range(1, seeds))] for lr in ranked[:finalists]
+        }
+        means = {lr: sum(map(final, runs)) / len(runs) for lr, runs in per_rate.items()}
+        best = min(means, key=lambda lr: means[lr])  # noqa: B023
+        curves = [result["eval"] for result in per_rate[best]]
+        results[name] = {
+            "learning_rate": best,
+            "units": arm.units,
+            "grid": [[lr, tuned[lr]["eval"]] for lr in sorted(tuned)],
+            "finalists": [[lr, mean if mean < float("inf") else None] for lr, mean in means.items()],
+            "eval_per_seed": curves,
+            "eval": mean_curve([[point[:2] for point in curve] for curve in curves]),
+            "final_eval_loss": means[best],
+            "seconds": sum(result["seconds"] for result in per_rate[best]) / seeds,
+        }
+    return results
+
+
 def table(comparison: Mapping[str, Any]) -> str:
     """Returns the comparison as a Markdown table, fastest to the first target first."""
     names = list(comparison["steps_to"])
@@ -155,5 +257,37 @@ def plot(comparison: Mapping[str, Any], path: str | Path, *, early: int = 250) -
             axis.grid(alpha=0.3, which="both")
             axis.set_title(f"{title}, {'first ' if limit < last else ''}{limit} steps")
     axes[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def plot_tasks(results: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
+    """Draws a panel a task: mean held-out loss of every arm over its steps, seeds thin.
+
+    Args:
+        results (`Mapping`): Per task what [`compare_on`] returned.
+        path (`str` or `Path`): The image.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        1, len(results), figsize=(5.2 * len(results), 4.2), layout="constrained", squeeze=False
+    )
+    for axis, (task, runs) in zip(axes[0], results.items(), strict=True):
+        floor = min(point[1] for run in runs.values() for point in run["eval"])
+        start = max(run["eval"][0][1] for run in runs.values())
+        for index, (arm, run) in enumerate(runs.items()):
+            ours, colour = arm == "sl2o", f"C{index}"
+            for curve in run["eval_per_seed"]:
+                axis.plot([p[0] for p in curve], [p[1] for p in curve], color=colour, linewidth=0.5, alpha=0.5)
+            label = f"{arm} (lr {run['learning_rate']:g})"
+            axis.plot(*zip(*run["eval"], strict=True), color=colour, linewidth=2.4 if ours else 1.3, label=label)
+        axis.set(title=task, xlabel="step", ylabel="held-out loss", ylim=(floor * 0.97, start * 1.05))
+        axis.set_yscale("log")
+        axis.grid(alpha=0.3, which="both")
+        axis.legend(fontsize=7)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -1,0 +1,137 @@
+"""Meta-trains the rules that ship with the package, and judges each step by validation; see `RULES`.
+
+    python recipes/meta_train.py --rule default --data PATH         # coefficients in whitened units
+    python recipes/meta_train.py --rule default-lora --data PATH    # LoRA factors
+    torchrun --nproc_per_node 2 recipes/meta_train.py --rule default --data PATH --use_cpu
+
+`PATH` holds e2e_nlg/*.csv and cifar10/*.parquet; "embedded" needs no download. Killed and started again it goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from meta_tasks import lora_task, subspace_task
+from transformers import HfArgumentParser
+
+from hf_sl2o import FirstOrder, LSTMRule, MetaTrainer, MetaTrainingArguments, RuleConfig, Task
+from hf_sl2o.comparison import environment
+from hf_sl2o.files import save_json
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a shipped rule is meta-trained on; evaluate_rules.py judges it on tasks that are not among them."""
+
+    config: RuleConfig
+    tasks: Callable[[str, Path], list[Task]]
+    settings: dict[str, Any]
+    coordinates: int | None = None
+
+
+PLANS = {
+    "default": Plan(
+        RuleConfig(),
+        lambda data, folder: [subspace_task(name, data, folder) for name in ("quadratic", "digits-mlp", "e2e-gpt2")],
+        {"inner_steps": 200, "unroll_length": 20, "meta_epochs": 40, "random_scaling": 0.5, "eval_every": 4},
+    ),
+    "default-lora": Plan(
+        RuleConfig(log_sign=10.0, output_scale=0.01),
+        lambda data, folder: [
+            lora_task(name, data, folder, rank)
+            for name, rank in (("digits-mlp", 4), ("digits-mlp", 16), ("docs-gpt2", 4), ("docs-gpt2", 8))
+        ],
+        {"inner_steps": 200, "unroll_length": 20, "meta_epochs": 40, "eval_every": 4},
+        coordinates=2000,
+    ),
+}
+
+
+@dataclass
+class MetaTrainArguments:
+    """What the recipe adds to nothing: a rule, data, and what may be tried instead of the plan."""
+
+    rule: str = field(default="default", metadata={"help": f"One of {', '.join(PLANS)}."})
+    data: str = field(default="embedded", metadata={"help": "embedded, or a folder with e2e_nlg and cifar10."})
+    output_dir: str = field(default="outputs/meta_train", metadata={"help": "Bases, checkpoints, logs."})
+    name: str | None = field(default=None, metadata={"help": "Of the folder in it; default: the rule's."})
+    save_to: str | None = field(default=None, metadata={"help": "Also keep the rule and how it was made here."})
+    meta_epochs: int | None = field(default=None, metadata={"help": "Instead of the plan's."})
+    inner_steps: int | None = field(default=None, metadata={"help": "Instead of the plan's."})
+    unroll_length: int | None = field(default=None, metadata={"help": "Instead of the plan's."})
+    meta_learning_rate: float = field(default=1e-2, metadata={"help": "Of Adam, decaying to zero along a cosine."})
+    random_scaling: float | None = field(default=None, metadata={"help": "Instead of the plan's."})
+    lr_scheduler_type: str = field(default="linear", metadata={"help": "Of the inner runs: linear or constant."})
+    output_scale: float | None = field(default=None, metadata={"help": "Instead of the plan's."})
+    momenta: list[float] = field(default_factory=list, metadata={"help": "Further momenta the rule sees."})
+    progress: bool = field(default=False, metadata={"help": "The rule sees the share of the run that is done."})
+    max_seconds: float | None = field(default=None, metadata={"help": "Stop after so long; a new start goes on."})
+    use_cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})
+    disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    (options,) = HfArgumentParser(MetaTrainArguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
+    if options.rule not in PLANS:
+        raise ValueError(f"--rule is {options.rule!r}, expected one of {', '.join(PLANS)}")
+    plan, folder = PLANS[options.rule], Path(options.output_dir)
+    start = time.perf_counter()
+    tasks = plan.tasks(options.data, folder / "tasks")
+    settings = dict(plan.settings)
+    for name in ("meta_epochs", "inner_steps", "unroll_length", "random_scaling"):
+        if getattr(options, name) is not None:
+            settings[name] = getattr(options, name)
+    args = MetaTrainingArguments(
+        str(folder / (options.name or options.rule)),
+        meta_learning_rate=options.meta_learning_rate,
+        meta_lr_scheduler_type="cosine",
+        lr_scheduler_type=options.lr_scheduler_type,
+        max_grad_norm=1.0,
+        use_cpu=options.use_cpu,
+        max_seconds=options.max_seconds,
+        disable_tqdm=options.disable_tqdm,
+        **settings,
+    )
+    changes: dict[str, Any] = {"momenta": tuple(options.momenta), "progress": options.progress}
+    if options.output_scale is not None:
+        changes["output_scale"] = options.output_scale
+    torch.manual_seed(args.seed)
+    rule = LSTMRule(dataclasses.replace(plan.config, **changes))
+    trainer = MetaTrainer(rule, args, tasks, estimator=FirstOrder(coordinates=plan.coordinates))
+    trained = trainer.train()
+    result = {
+        "command": " ".join(["python", "recipes/meta_train.py", *portable(sys.argv[1:] if argv is None else argv)]),
+        "tasks": [task.name for task in tasks],
+        "settings": {**dataclasses.asdict(args), "output_dir": None},
+        "estimator": repr(trainer.estimator),
+        "rule": dataclasses.asdict(rule.config),
+        "finished": trainer.epoch == args.meta_epochs,
+        "seconds": time.perf_counter() - start,
+        "best_score": trainer.best,
+        "validation": [entry for entry in trainer.log_history if "score" in entry],
+        "environment": environment(Path(__file__).parent),
+    }
+    if trainer.accelerator.is_main_process:
+        save_json(Path(args.output_dir) / "provenance.json", result)
+        if options.save_to and result["finished"]:
+            shutil.rmtree(options.save_to, ignore_errors=True)
+            trained.save_pretrained(options.save_to)
+            shutil.copy(Path(args.output_dir) / "provenance.json", options.save_to)
+    return result
+
+
+def portable(words: list[str]) -> list[str]:
+    """Absolute paths become their last part: results name no folder of the machine they were made on."""
+    return [Path(word).name if Path(word).is_absolute() else word for word in words]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Unroll length T and training iterations N (supplement 2.8, figure 6 and table 4), on a network of two cores' size.
+
+    python recipes/study_unroll.py --json recipes/results/study_unroll.json
+    python recipes/study_unroll.py --task cifar-resnet20 --data PATH --test_steps 39100 --meta_epochs 20   # full size
+
+For each T in {5, 10, 15, 20} at N = 1000, and each N in {200, 500, 1000, 2000} at T = 10, a rule with the paper's
+constants is meta-trained for 20 episodes and then drives a longer run than most of them saw, from the same start, with
+three seeds of meta-training. Each finished part is kept; killed and started again it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from meta_tasks import subspace_task
+
+from hf_sl2o import LearnedOptimizer, LSTMRule, MetaTrainer, MetaTrainingArguments, RuleConfig, train_on
+from hf_sl2o.comparison import environment, mean_curve
+from hf_sl2o.files import load_json, save_json
+
+
+def one(task: Any, folder: Path, t: int, n: int, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Meta-trains with T = t, N = n and tests; a result that is there is not made again."""
+    name = f"T{t}-N{n}-seed{seed}"
+    path = folder / f"{name}.json"
+    key = [task.name, options.meta_epochs, options.test_steps]
+    if path.is_file() and load_json(path)["key"] == key:
+        return load_json(path)  # type: ignore[no-any-return]
+    args = MetaTrainingArguments(
+        str(folder / name),
+        unroll_length=t,
+        inner_steps=n,
+        meta_epochs=options.meta_epochs,
+        eval_every=max(1, options.meta_epochs // 5),
+        seed=seed,
+        use_cpu=options.use_cpu,
+        disable_tqdm=True,
+    )
+    torch.manual_seed(seed)
+    trainer = MetaTrainer(LSTMRule(RuleConfig()), args, [task])
+    rule = trainer.train()
+    points = sorted({0, *(2**i * 5 for i in range(20) if 2**i * 5 < options.test_steps), options.test_steps})
+    test = train_on(task, lambda c: LearnedOptimizer(c, rule), options.test_steps, seed=100, evaluate_at=points)
+    seconds = sum(entry["seconds"] for entry in trainer.log_history if "seconds" in entry)
+    result = {"key": key, "T": t, "N": n, "seed": seed, "eval": test["eval"], "meta_seconds": seconds}
+    save_json(path, result)
+    print(f"{name}: final held-out loss {test['eval'][-1][1]:.4f}", flush=True)
+    return result
+
+
+def plot(groups: dict[str, dict[int, list[dict[str, Any]]]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.6), layout="constrained", sharey=True)
+    for axis, (letter, values) in zip(axes, groups.items(), strict=True):
+        for index, (value, results) in enumerate(values.items()):
+            for result in results:
+                steps, losses = zip(*result["eval"], strict=True)
+                axis.plot(steps, losses, color=f"C{index}", linewidth=0.6, alpha=0.5)
+            steps, losses = zip(*mean_curve([result["eval"] for result in results]), strict=True)
+            axis.plot(steps, losses, color=f"C{index}", linewidth=2, label=f"{letter} = {value}")
+        fixed = "N = 1000" if letter == "T" else "T = 10"
+        axis.set(title=f"{letter} varies, {fixed}", xlabel="test step", ylabel="held-out loss", yscale="log")
+        axis.set_xscale("symlog", linthresh=5)
+        axis.legend()
+        axis.grid(alpha=0.3, which="both")
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--task", default="digits-mlp")
+    parser.add_argument("--data", default="embedded")
+    parser.add_argument("--unroll_lengths", type=int, nargs="+", default=[5, 10, 15, 20])
+    parser.add_argument("--inner_steps", type=int, nargs="+", default=[200, 500, 1000, 2000])
+    parser.add_argument("--meta_epochs", type=int, default=20)
+    parser.add_argument("--test_steps", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--use_cpu", action="store_true")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/study_unroll"))
+    parser.add_argument("--tasks_dir", type=Path, default=Path("outputs/meta_train/tasks"))
+    options = parser.parse_args(argv)
+    task = subspace_task(options.task, options.data, options.tasks_dir)
+    seeds = range(options.seeds)
+    middle = 1000 if 1000 in options.inner_steps else options.inner_steps[-1]
+    groups = {
+        "T": {
+            t: [one(task, options.output_dir, t, middle, s, options) for s in seeds] for t in options.unroll_lengths
+        },
+        "N": {n: [one(task, options.output_dir, 10, n, s, options) for s in seeds] for n in options.inner_steps},
+    }
+    rows = [
+        {
+            "letter": letter,
+            "value": value,
+            "eval": mean_curve([result["eval"] for result in results]),
+            "eval_per_seed": [result["eval"] for result in results],
+            "final_loss_per_seed": [result["eval"][-1][1] for result in results],
+            "meta_seconds": sum(result["meta_seconds"] for result in results) / len(results),
+        }
+        for letter, values in groups.items()
+        for value, results in values.items()
+    ]
+    settings = {name: getattr(options, name) for name in ("task", "meta_epochs", "test_steps", "seeds")}
+    result = {"study": "unroll", **settings, "rows": rows, "environment": environment(Path(__file__).parent)}
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        save_json(options.json, result)
+        plot(groups, options.json.with_suffix(".png"))
+    return result
+
+
+if __name__ == "__main__":
+    main()
