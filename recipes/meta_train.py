@@ -37,11 +37,28 @@ class Plan:
     coordinates: int | None = None
 
 
+PAPER: dict[str, Any] = {
+    "inner_steps": 1000,
+    "unroll_length": 10,
+    "meta_epochs": 20,
+    "lr_scheduler_type": "constant",
+    "meta_lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+}
+OURS: dict[str, Any] = {
+    "inner_steps": 200,
+    "unroll_length": 20,
+    "meta_epochs": 40,
+    "eval_every": 4,
+    "lr_scheduler_type": "linear",  # what the Trainer does where nobody says otherwise
+    "meta_lr_scheduler_type": "cosine",
+    "max_grad_norm": 1.0,
+}
 PLANS = {
     "default": Plan(
         RuleConfig(),
         lambda data, folder: [subspace_task(name, data, folder) for name in ("quadratic", "digits-mlp", "e2e-gpt2")],
-        {"inner_steps": 200, "unroll_length": 20, "meta_epochs": 40, "random_scaling": 0.5, "eval_every": 4},
+        {**OURS, "random_scaling": 0.5},
     ),
     "default-lora": Plan(
         RuleConfig(log_sign=10.0, output_scale=0.01),
@@ -49,7 +66,19 @@ PLANS = {
             lora_task(name, data, folder, rank)
             for name, rank in (("digits-mlp", 4), ("digits-mlp", 16), ("docs-gpt2", 4), ("docs-gpt2", 8))
         ],
-        {"inner_steps": 200, "unroll_length": 20, "meta_epochs": 40, "eval_every": 4},
+        OURS,
+        coordinates=2000,
+    ),
+    # The published constants, T, N and schedule, on a network of two cores' size.
+    "paper-cnn": Plan(
+        RuleConfig.preset("paper-cnn"),
+        lambda data, folder: [subspace_task("digits-mlp", data, folder)],
+        PAPER,
+    ),
+    "paper-transformer": Plan(
+        RuleConfig.preset("paper-transformer"),
+        lambda data, folder: [lora_task("docs-gpt2", data, folder, 4)],
+        {**PAPER, "inner_steps": 200},
         coordinates=2000,
     ),
 }
@@ -67,9 +96,9 @@ class MetaTrainArguments:
     meta_epochs: int | None = field(default=None, metadata={"help": "Instead of the plan's."})
     inner_steps: int | None = field(default=None, metadata={"help": "Instead of the plan's."})
     unroll_length: int | None = field(default=None, metadata={"help": "Instead of the plan's."})
-    meta_learning_rate: float = field(default=1e-2, metadata={"help": "Of Adam, decaying to zero along a cosine."})
+    meta_learning_rate: float = field(default=1e-2, metadata={"help": "Of Adam."})
     random_scaling: float | None = field(default=None, metadata={"help": "Instead of the plan's."})
-    lr_scheduler_type: str = field(default="linear", metadata={"help": "Of the inner runs: linear or constant."})
+    lr_scheduler_type: str | None = field(default=None, metadata={"help": "Instead of the plan's: linear, constant."})
     output_scale: float | None = field(default=None, metadata={"help": "Instead of the plan's."})
     momenta: list[float] = field(default_factory=list, metadata={"help": "Further momenta the rule sees."})
     progress: bool = field(default=False, metadata={"help": "The rule sees the share of the run that is done."})
@@ -86,15 +115,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     start = time.perf_counter()
     tasks = plan.tasks(options.data, folder / "tasks")
     settings = dict(plan.settings)
-    for name in ("meta_epochs", "inner_steps", "unroll_length", "random_scaling"):
+    for name in ("meta_epochs", "inner_steps", "unroll_length", "random_scaling", "lr_scheduler_type"):
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)
     args = MetaTrainingArguments(
         str(folder / (options.name or options.rule)),
         meta_learning_rate=options.meta_learning_rate,
-        meta_lr_scheduler_type="cosine",
-        lr_scheduler_type=options.lr_scheduler_type,
-        max_grad_norm=1.0,
         use_cpu=options.use_cpu,
         max_seconds=options.max_seconds,
         disable_tqdm=options.disable_tqdm,

@@ -1,0 +1,165 @@
+"""The recipes that make, judge and study learned optimizers, at toy size: they run, go on after a kill, and agree."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from hf_sl2o import LSTMRule, Rule, RuleConfig
+from hf_sl2o.comparison import Arm, compare_on
+from recipes import (
+    evaluate_rules,
+    meta_tasks,
+    meta_train,
+    pretrain_base,
+    study_estimators,
+    study_transfer,
+    study_unroll,
+)
+
+pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Problems whose recorded runs and bases take 120 steps."""
+
+    def shortened(make):
+        return lambda data: dataclasses.replace(make(data), steps=120)
+
+    for name in ("quadratic", "digits-mlp"):
+        monkeypatch.setitem(meta_tasks.PROBLEMS, name, shortened(meta_tasks.PROBLEMS[name]))
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    for name, tasks in (
+        ("default", lambda data, folder: [meta_tasks.subspace_task("digits-mlp", data, folder)]),
+        ("default-lora", lambda data, folder: [meta_tasks.lora_task("digits-mlp", data, folder, 2)]),
+    ):
+        monkeypatch.setitem(meta_train.PLANS, name, dataclasses.replace(meta_train.PLANS[name], tasks=tasks))
+
+
+SMALL = ["--meta_epochs", "2", "--inner_steps", "20", "--unroll_length", "10", "--use_cpu", "--disable_tqdm"]
+
+
+@pytest.mark.parametrize("rule", ["default", "default-lora"])
+def test_a_rule_is_made_and_judged(rule, short, plans, tmp_path, capsys):
+    folder = ["--output_dir", str(tmp_path)]
+    made = meta_train.main(["--rule", rule, *SMALL, *folder, "--save_to", str(tmp_path / "rule")])
+    assert made["finished"] and len(made["validation"]) >= 2
+    known = json.loads((tmp_path / "rule" / "provenance.json").read_text())
+    assert known["command"].startswith("python recipes/meta_train.py --rule") and known["tasks"] == made["tasks"]
+    assert str(tmp_path) not in json.dumps(known)
+    words = [
+        "--what",
+        rule,
+        "--rule",
+        str(tmp_path / "rule"),
+        "--tasks",
+        "digits-mlp",
+        "--steps",
+        "20",
+        "--seeds",
+        "2",
+    ]
+    words += ["--output_dir", str(tmp_path / "runs"), "--tasks_dir", str(tmp_path / "tasks"), "--rank", "2"]
+    judged = evaluate_rules.main([*words, "--json", str(tmp_path / "judged.json")])
+    (entry,) = judged["tasks"].values()
+    assert set(entry["levels"]) == set(entry["runs"]) - {"sl2o"}
+    for run in entry["runs"].values():
+        assert len(run["eval_per_seed"]) == 2 and run["eval"][-1][0] == 20
+    assert entry["runs"]["sl2o"]["learning_rate"] == 1.0 and len(entry["runs"]["sl2o"]["grid"]) == 1
+    assert (tmp_path / "judged.png").stat().st_size > 5000
+    before = judged["tasks"]
+    assert evaluate_rules.main(words)["tasks"] == before  # from what was kept: seconds are equal too
+
+
+def test_unseen_tasks_are_unseen():
+    plans = {"default": {"quadratic", "digits-mlp", "e2e-gpt2"}, "default-lora": {"digits-mlp", "docs-gpt2"}}
+    for name, unseen in evaluate_rules.UNSEEN.items():
+        assert not plans[name] & set(unseen) and len(unseen) >= 3
+        provenance = json.loads((evaluate_rules.SHIPPED_RULES / name / "provenance.json").read_text())
+        seen = {task.partition("-lora")[0] for task in provenance["tasks"]}
+        assert seen <= plans[name]
+
+
+def test_every_problem_learns_something(short):
+    data = ("quadratic", "digits-mlp", "docs-gpt2", "docs-gru", "code-llama")
+    for name in data:
+        problem = meta_tasks.PROBLEMS[name]("embedded")
+        model = problem.build_model()
+        again = problem.build_model()
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=problem.learning_rate)
+        first, batches = None, problem.batches("all", 0)
+        for _ in range(30):
+            optimizer.zero_grad()
+            loss = problem.loss(model, next(batches))
+            first = float(loss.detach()) if first is None else first
+            loss.backward()
+            optimizer.step()
+        assert float(loss.detach()) < 0.95 * first, name
+
+
+def test_what_is_held_back_is_not_in_the_base(short, tmp_path):
+    losses = pretrain_base.main(["--names", "digits-mlp", "--output_dir", str(tmp_path)])
+    assert losses["digits-mlp"]["base"] < 0.7 < losses["digits-mlp"]["held-back"]
+    problem = meta_tasks.PROBLEMS["digits-mlp"]("embedded")
+    assert set(next(problem.batches("base", 0))[1].tolist()) <= set(range(7))
+    assert set(next(problem.batches("held-back", 0))[1].tolist()) <= {7, 8, 9}
+    task = meta_tasks.lora_task("digits-mlp", "embedded", tmp_path, rank=2)
+    model = task.build_model()
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert names and all("lora_" in name for name in names)
+
+
+def test_studies(short, tmp_path):
+    tasks = ["--tasks_dir", str(tmp_path / "tasks")]
+    words = ["--unroll_lengths", "5", "10", "--inner_steps", "20", "40", "--meta_epochs", "1", "--test_steps", "30"]
+    words += [
+        "--seeds",
+        "2",
+        "--use_cpu",
+        "--output_dir",
+        str(tmp_path / "unroll"),
+        "--json",
+        str(tmp_path / "u.json"),
+    ]
+    unroll = study_unroll.main([*words, *tasks])
+    assert [(row["letter"], row["value"]) for row in unroll["rows"]] == [("T", 5), ("T", 10), ("N", 20), ("N", 40)]
+    words = ["--tasks", "quadratic", "digits-mlp", "--steps", "20", "--meta_epochs", "1", "--seeds", "1", "--use_cpu"]
+    words += ["--output_dir", str(tmp_path / "t"), "--cache", str(tmp_path / "c"), "--json", str(tmp_path / "t.json")]
+    transfer = study_transfer.main([*words, *tasks])
+    rows = {"meta-trained on quadratic", "meta-trained on digits-mlp", "default", "l2o-dm, this task"}
+    for column in transfer["matrix"].values():
+        assert rows <= set(column) and "subspace_adamw, tuned" in column
+    estimators = study_estimators.main(
+        ["--problems", "quadratic", "--steps", "10", "--draws", "5", "--json", str(tmp_path / "e.json")]
+    )
+    bias = {row["estimator"]: row["bias"] for row in estimators["rows"]}
+    assert bias["second-order, T = 10"] < 1e-4 < bias["first-order, T = 5"]
+    for name in "ute":
+        assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_compare_on_widens_its_grid_and_forgets_no_key(short, tmp_path):
+    task = meta_tasks.subspace_task("quadratic", "embedded", tmp_path / "tasks", dim=10)
+
+    def sgd(lr):
+        return lambda c: torch.optim.SGD(c, lr=lr)
+
+    cache = tmp_path / "cache"
+    runs = compare_on(task, {"sgd": Arm(sgd, (1e-4, 3e-4))}, 20, seeds=2, cache=cache)
+    rates = [lr for lr, _ in runs["sgd"]["grid"]]
+    assert len(rates) > 2 and max(rates) > 3e-4  # the best lay at the edge
+    assert runs["sgd"]["final_eval_loss"] == min(mean for _, mean in runs["sgd"]["finalists"])
+    longer = compare_on(task, {"sgd": Arm(sgd, (1e-4, 3e-4))}, 30, seeds=1, cache=cache)
+    assert longer["sgd"]["eval"][-1][0] == 30  # not what was kept of shorter runs
+
+
+def test_shipped_presets_are_the_published_constants():
+    for name in ("paper-cnn", "paper-transformer"):
+        rule = Rule.from_pretrained(evaluate_rules.SHIPPED_RULES / name)
+        assert rule.config == RuleConfig.preset(name) and isinstance(rule, LSTMRule)
