@@ -37,6 +37,9 @@ class Estimator(ABC):
     #: How many copies of the model one episode needs.
     runs: int = 1
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
     def begin(self, rule: Rule, runs: Sequence[InnerRun]) -> Carry:
         """Returns what is carried into the first window."""
         return _pack(*_fresh(rule, runs[0]))

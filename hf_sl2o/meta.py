@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -217,7 +218,6 @@ class MetaTrainer:
         self.episodes: list[Episode] = []  # this process'; empty between meta-epochs
         self.best, self.log_history = float("inf"), []  # type: ignore[var-annotated]
         self.best_weights = {name: tensor.detach().clone() for name, tensor in rule.state_dict().items()}
-        self._baselines: dict[str, float] = {}  # held-out loss before training, per validation task
         self.should_stop = False
 
     # The loop
@@ -230,8 +230,10 @@ class MetaTrainer:
         args, start = self.args, time.perf_counter()
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
+        self._wait()
         self._broadcast_weights()
+        self.best_weights = {name: tensor.detach().clone() for name, tensor in self.rule.state_dict().items()}
+        self.episodes, self.should_stop = [], False
         self._resume()
         if args.report_to not in ("none", ""):
             self.accelerator.init_trackers("meta-training", {k: str(v) for k, v in asdict(args).items()})
@@ -267,7 +269,7 @@ class MetaTrainer:
         self.rule.load_state_dict(self.best_weights)
         if self.accelerator.is_main_process:
             self.rule.save_pretrained(self.folder)
-        self.accelerator.wait_for_everyone()
+        self._wait()
         return self.rule
 
     def _seed(self, epoch: int, episode: int) -> int:
@@ -317,8 +319,7 @@ class MetaTrainer:
             if bool(torch.isfinite(norm)):
                 self.optimizer.step()
             if self.meta_step % args.logging_steps == 0 and args.report_to not in ("none", ""):
-                values = {f"{e.task.name}/loss": e.mean for e in self.episodes}
-                self.accelerator.log({**values, "meta_grad_norm": float(norm)}, step=self.meta_step)
+                self.accelerator.log({"meta_grad_norm": float(norm)}, step=self.meta_step)
         self.window += 1
         self.meta_step += 1
         return alive, bool(total[-1] > 0)
@@ -326,7 +327,7 @@ class MetaTrainer:
     def _meta_lr_factor(self) -> float:
         if self.args.meta_lr_scheduler_type == "constant":
             return 1.0
-        windows = math.ceil(self.args.steps_at(self.epoch) / self.args.unroll_length)
+        windows = math.ceil((self.args.steps_at(self.epoch) - 1) / self.args.unroll_length)
         done = (self.epoch + self.window / windows) / self.args.meta_epochs
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
@@ -338,14 +339,19 @@ class MetaTrainer:
         self.epoch += 1
         if self.epoch % self.args.eval_every == 0 or self.epoch == self.args.meta_epochs:
             self._validate()
+        self.should_stop = bool(self._sum(torch.tensor(float(self.should_stop), device=self.device)) > 0)
         self._save()
 
     def _log(self, entry: dict[str, Any]) -> None:
         self.log_history.append(entry)
         for callback in self.callbacks:
             callback(self, entry)
-        if self.args.report_to not in ("none", "") and "validation_loss" in entry:
-            values = {"validation_loss": entry["validation_loss"], **entry["validation"]}
+        if self.args.report_to not in ("none", ""):
+            if "task" in entry:
+                values = {f"{entry['task']}/{key}": entry[key] for key in ("first_loss", "last_loss")}
+            else:
+                values = {f"validation/{name}": loss for name, loss in entry["validation"].items()}
+                values["validation_loss"] = entry["validation_loss"]
             self.accelerator.log(values, step=self.meta_step)
 
     # Validation
@@ -374,7 +380,7 @@ class MetaTrainer:
             task,
             lambda c: LearnedOptimizer(c, self.rule, lr=args.learning_rate, capturable=True, total_steps=n),
             n,
-            seed=args.seed - 1,
+            seed=args.seed + 999_983,
             schedule=args.lr_scheduler_type,
             evaluate_at={0, max(1, n // 8), max(1, n // 4), max(1, n // 2), n},
             device=self.device,
@@ -395,6 +401,12 @@ class MetaTrainer:
     def _gather(self, entries: list[Any]) -> list[Any]:
         try:
             return list(gather_object(entries))
+        except RuntimeError as error:
+            raise self._alone(error) from error
+
+    def _wait(self) -> None:
+        try:
+            self.accelerator.wait_for_everyone()
         except RuntimeError as error:
             raise self._alone(error) from error
 
@@ -426,7 +438,7 @@ class MetaTrainer:
         folder.mkdir(parents=True, exist_ok=True)
         for episode in self.episodes:
             save_tensors(folder / f"episode-{episode.index}.safetensors", episode.state_dict(), **episode.numbers())
-        self.accelerator.wait_for_everyone()
+        self._wait()
         if self.accelerator.is_main_process:
             tensors = {f"rule.{name}": tensor for name, tensor in self.rule.state_dict().items()}
             tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
@@ -445,10 +457,8 @@ class MetaTrainer:
             save_json(manifest, {"folder": name, "stamp": self._stamp(), "progress": progress})
             save_json(self.folder / "log.json", self.log_history)
             if previous not in (None, name):
-                for path in (self.folder / previous).glob("*.safetensors"):
-                    path.unlink()
-                (self.folder / previous).rmdir()
-        self.accelerator.wait_for_everyone()
+                shutil.rmtree(self.folder / previous)
+        self._wait()
 
     def _resume(self) -> None:
         path = self.folder / _MANIFEST

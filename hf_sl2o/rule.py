@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -198,7 +199,8 @@ class Rule(nn.Module, HubFiles):
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the configuration and the weights; optimizer states carry it."""
-        digest = hashlib.sha256(repr(self.config).encode())
+        config = {k: v for k, v in dataclasses.asdict(self.config).items() if _ADDED_LATER.get(k, ...) != v}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode() + tensor.detach().double().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -272,7 +274,8 @@ class Rule(nn.Module, HubFiles):
                 inputs = torch.cat([inputs, 2 * done - 1], dim=-1)
             cell = state.cell
             if config.reset_cell_every:
-                cell = cell * ((step - 1) % config.reset_cell_every != 0)
+                kept = (step - 1) % config.reset_cell_every != 0  # () or (N,)
+                cell = cell * kept.reshape(-1, 1, 1)
             output, hidden, cell = self._output(inputs, state.hidden, cell)
         return config.output_scale * output, RuleState(step, m, v, hidden, cell, momenta)
 

@@ -78,8 +78,10 @@ class InnerRun:
         self._autocast = autocast
         outside = _rng_state()
         self.model = task.build_model() if device is None else task.build_model().to(device)
-        torch.manual_seed(seed)
-        self._rng = _rng_state()
+        self._rng = {}
+        for offset, of in enumerate(("batches", "network")):
+            torch.manual_seed(seed + offset)
+            self._rng[of] = _rng_state()
         _set_rng_state(outside)
         try:
             self.parameters, _ = task.basis.layout.select(self.model.named_parameters())
@@ -88,21 +90,22 @@ class InnerRun:
         self.basis = task.basis.to(device=self.device)
         self._send = device is not None
         self._scales = None if scales is None else scales.to(self.device, self.basis.compute_dtype)
-        self._batches = iter(task.batches(seed))
+        with self.own_randomness("batches"):
+            self._batches = iter(task.batches(seed))
 
     @property
     def device(self) -> torch.device:
         return self.parameters[0].device
 
     @contextmanager
-    def own_randomness(self) -> Iterator[None]:
+    def own_randomness(self, of: str = "network") -> Iterator[None]:
         """Draws from this run's random numbers inside the block."""
         outside = _rng_state()
-        _set_rng_state(self._rng)
+        _set_rng_state(self._rng[of])
         try:
             yield
         finally:
-            self._rng = _rng_state()
+            self._rng[of] = _rng_state()
             _set_rng_state(outside)
 
     @contextmanager
@@ -121,7 +124,7 @@ class InnerRun:
             `ValueError`: the batches ran out.
             `RuntimeError`: the task's own code raised (task and batch named); so do the methods below.
         """
-        with self._naming_the_task():
+        with self.own_randomness("batches"), self._naming_the_task():
             batch = next(self._batches, None)
         if batch is None:
             raise ValueError(f"task {self.task.name!r} ran out of batches; yield at least inner_steps of them")
@@ -138,8 +141,7 @@ class InnerRun:
         """Returns the loss of the next batch and g of shape `(d,)`, both without a graph."""
         with self.own_randomness():
             loss = self.loss(self.next_batch())
-            for p in self.parameters:
-                p.grad = None
+            self.model.zero_grad(set_to_none=True)
             with self._naming_the_task():
                 loss.backward()
         return loss.detach(), self.scaled(self.basis.project([p.grad for p in self.parameters]))
@@ -159,7 +161,10 @@ class InnerRun:
         training = self.model.training
         self.model.eval()
         batches = self.task.eval_batches
-        losses = [self.loss(send_to_device(b, self.device) if self._send else b).float() for b in batches]
+        kept = self._rng["network"]
+        with self.own_randomness():
+            losses = [self.loss(send_to_device(b, self.device) if self._send else b).float() for b in batches]
+        self._rng["network"] = kept  # a look does not change what follows
         self.model.train(training)
         return torch.stack(losses).mean()
 
@@ -169,7 +174,7 @@ class InnerRun:
         """Returns weights, buffers, random state and the number of batches drawn."""
         tensors = {f"parameter.{i}": p.detach() for i, p in enumerate(self.parameters)}
         tensors |= {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}
-        tensors |= {f"rng.{i}": state for i, state in enumerate(self._rng)}
+        tensors |= {f"rng.{i}": state for i, state in enumerate(self._rng["network"])}
         return {**tensors, "drawn": torch.tensor(self.drawn)}
 
     @torch.no_grad()
@@ -179,10 +184,9 @@ class InnerRun:
             p.copy_(tensors[f"parameter.{i}"])
         for name, buffer in self.model.named_buffers():
             buffer.copy_(tensors[f"buffer.{name}"])
-        with self.own_randomness():
-            while self.drawn < int(tensors["drawn"]):
-                self.next_batch()
-        self._rng = [tensors[f"rng.{i}"].cpu() for i in range(len(self._rng))]
+        while self.drawn < int(tensors["drawn"]):
+            self.next_batch()
+        self._rng["network"] = [tensors[f"rng.{i}"].cpu() for i in range(len(self._rng["network"]))]
 
 
 def _rng_state() -> list[torch.Tensor]:
@@ -220,6 +224,9 @@ def train_on(
         metric (`Callable`, *optional*): Also taken there, such as an accuracy.
         device, autocast (*optional*): As for [`InnerRun`].
 
+    Raises:
+        `ValueError`: no steps, an unknown schedule, or nothing to evaluate on.
+
     Returns:
         `train_loss` (a list of `steps` floats), `eval` (a list of `[step, loss]`, or `[step, loss, metric]`), and
         `seconds` without evaluation.
@@ -240,6 +247,10 @@ def train_on(
     True
     ```
     """
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
+    if evaluate_at and not len(task.eval_batches):
+        raise ValueError(f"task {task.name!r} has no eval_batches to evaluate on; give some, or evaluate_at=()")
     run = InnerRun(task, seed, device=device, autocast=autocast)
     c = nn.Parameter(torch.zeros(run.basis.dim, device=run.device, dtype=run.basis.compute_dtype))
     inner = optimizer([c])
