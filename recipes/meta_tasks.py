@@ -8,6 +8,7 @@ part that was held back, each scalar of the LoRA factors a coordinate. Both keep
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 import json
 import pydoc_data.topics
@@ -144,6 +145,11 @@ def with_batch_statistics(build: Callable[[], nn.Module]) -> Callable[[], nn.Mod
     return model
 
 
+@functools.cache
+def cached_cifar(source: str, split: str, classes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    return load_cifar(source, split, classes=classes)
+
+
 def cifar(
     build: Callable[[], nn.Module], learning_rate: float, steps: int, targets: str = ""
 ) -> Callable[[str], Problem]:
@@ -151,11 +157,11 @@ def cifar(
         source = data if data == "embedded" else str(Path(data) / "cifar10")
 
         def batches(part: str, seed: int) -> Iterator[Any]:
-            images, labels = load_cifar(source, "train", classes=labels_of(part, 10))
+            images, labels = cached_cifar(source, "train", tuple(labels_of(part, 10)))
             return image_batches(images, labels, 64, seed)
 
         def eval_batches(part: str) -> Sequence[Any]:
-            images, labels = load_cifar(source, "test", rows=None, classes=labels_of(part, 10))
+            images, labels = cached_cifar(source, "test", tuple(labels_of(part, 10)))
             return [(normalize(images[i : i + 500]), labels[i : i + 500]) for i in (0, 500)]
 
         return Problem(seeded(build), batches, cross_entropy, eval_batches, learning_rate, steps, targets)
