@@ -378,8 +378,8 @@ def pretrained_base(name: str, data: str, folder: Path) -> tuple[Problem, Path]:
         where.parent.mkdir(parents=True, exist_ok=True)
         model = problem.build_model()
         train_full(problem, "base", model, f"{name} base", lambda step: None)
-        weights = dict(model.named_parameters())  # tied weights once
-        save_tensors(where, {**weights, **dict(model.named_buffers())})
+        once = {**dict(model.named_parameters()), **dict(model.named_buffers())}  # a tied weight is in it once
+        save_tensors(where, {name: tensor for name, tensor in once.items() if name in model.state_dict()})
     return problem, where
 
 
