@@ -221,7 +221,7 @@ def text_problem(
     def batches(part: str, seed: int) -> Iterator[Any]:
         generator, ids = torch.Generator().manual_seed(seed & 0x7FFF_FFFF), parts[part][: cuts[part]]
         while True:
-            yield windows(ids, torch.randint(len(ids) - 64, (32,), generator=generator))
+            yield windows(ids, torch.randint(len(ids) - 64, (16,), generator=generator))
 
     def eval_batches(part: str) -> Sequence[Any]:
         ids = parts[part][cuts[part] :]
