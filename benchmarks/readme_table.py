@@ -12,6 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = {
     "e2e": ROOT / "recipes" / "results" / "gpt2_e2e.json",
     "step-cost": ROOT / "benchmarks" / "results" / "step_cost.json",
+    "rule-default": ROOT / "recipes" / "results" / "rule_default.json",
+    "rule-default-lora": ROOT / "recipes" / "results" / "rule_default_lora.json",
+    "meta-cost": ROOT / "benchmarks" / "results" / "meta_training.json",
 }
 
 
@@ -46,15 +49,56 @@ def e2e(result: dict) -> str:  # type: ignore[type-arg]
     )
 
 
+def cell(value: float | None) -> str:
+    return "never" if value is None else f"{value:.0f}"
+
+
+def rule(result: dict) -> str:  # type: ignore[type-arg]
+    """Per unseen task: what each optimizer ends at, and steps to the level of each baseline."""
+    lines = ["| task | optimizer | learning rate | final loss | its steps there | steps of sl2o there |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, task in result["tasks"].items():
+        for arm, run in task["runs"].items():
+            steps = task["levels"][arm]["steps"] if arm in task["levels"] else None
+            there = ["", ""] if steps is None else [cell(steps[arm]), cell(steps["sl2o"])]
+            rate = f"{run['learning_rate']:g}" + (", not tuned" if len(run["grid"]) == 1 else "")
+            lines.append(f"| {name} | {arm} | {rate} | {run['final_eval_loss']:.3f} | {there[0]} | {there[1]} |")
+    ratios = [
+        f"{level}: " + ("not on every task" if entry["mean_ratio"] is None else f"{entry['mean_ratio']:.2f}")
+        for level, entry in result["summary"].items()
+    ]
+    lines += [
+        "",
+        f"{result['recipe']['steps']} steps with linear decay, {result['recipe']['seeds']} seeds; a level is reached "
+        f"within {100 * (result['recipe']['tolerance'] - 1):.0f} %. Steps of sl2o over the optimizer's own, mean over "
+        f"tasks: {'; '.join(ratios)}. Made at commit {result['environment']['commit'][:7]}.",
+    ]
+    return "\n".join(lines)
+
+
+def meta_cost(result: dict) -> str:  # type: ignore[type-arg]
+    lines = ["| | ratio |", "|---|---|"]
+    lines += [f"| {row['name']} | {row['ratio']:.2f} |" for row in result["rows"] if row.get("ratio") is not None]
+    return "\n".join(lines)
+
+
+MAKE = {
+    "e2e": e2e,
+    "step-cost": step_cost,
+    "rule-default": rule,
+    "rule-default-lora": rule,
+    "meta-cost": meta_cost,
+}
+
+
 def render(text: str) -> str:
     for name, path in BLOCKS.items():
-        if not path.is_file():
+        if not path.is_file() or f"<!-- {name} -->" not in text:
             continue
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         head, _, rest = text.partition(begin)
         _, _, tail = rest.partition(end)
-        make = e2e if name == "e2e" else step_cost
-        text = f"{head}{begin}{make(load_json(path))}\n{end}{tail}"
+        text = f"{head}{begin}{MAKE[name](load_json(path))}\n{end}{tail}"
     return text
 
 

@@ -48,8 +48,8 @@ PAPER: dict[str, Any] = {
 OURS: dict[str, Any] = {
     "inner_steps": 200,
     "unroll_length": 20,
-    "meta_epochs": 40,
-    "eval_every": 4,
+    "meta_epochs": 16,
+    "eval_every": 2,
     "lr_scheduler_type": "linear",  # what the Trainer does where nobody says otherwise
     "meta_lr_scheduler_type": "cosine",
     "max_grad_norm": 1.0,
