@@ -102,6 +102,7 @@ class MetaTrainArguments:
     output_scale: float | None = field(default=None, metadata={"help": "Instead of the plan's."})
     momenta: list[float] = field(default_factory=list, metadata={"help": "Further momenta the rule sees."})
     progress: bool = field(default=False, metadata={"help": "The rule sees the share of the run that is done."})
+    seed: int = field(default=0, metadata={"help": "Of the fresh rule, batches and dropout."})
     max_seconds: float | None = field(default=None, metadata={"help": "Stop after so long; a new start goes on."})
     use_cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
@@ -121,6 +122,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = MetaTrainingArguments(
         str(folder / (options.name or options.rule)),
         meta_learning_rate=options.meta_learning_rate,
+        seed=options.seed,
         use_cpu=options.use_cpu,
         max_seconds=options.max_seconds,
         disable_tqdm=options.disable_tqdm,
