@@ -231,13 +231,11 @@ def text_problem(
 
 
 def python_docs() -> dict[str, str]:
-    """The help topics that every Python ships with."""
+    """The help topics that every Python ships with; the half that is held back is in capitals."""
     topics = sorted(pydoc_data.topics.topics.items())
     half = len(topics) // 2
-    return {
-        "base": "".join(text for _, text in topics[:half]),
-        "held-back": "".join(text for _, text in topics[half:]),
-    }
+    held_back = "".join(text for _, text in topics[half:]).upper()
+    return {"base": "".join(text for _, text in topics[:half]), "held-back": held_back}
 
 
 def python_code() -> dict[str, str]:
