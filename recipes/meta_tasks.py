@@ -230,12 +230,12 @@ def text_problem(
     return Problem(seeded(build), batches, loss, eval_batches, learning_rate, steps, targets)
 
 
-def python_docs() -> dict[str, str]:
-    """The help topics that every Python ships with; the half that is held back is in capitals."""
+def python_docs(*, capitals: bool) -> dict[str, str]:
+    """The help topics that every Python ships with; the half that is held back may be in capitals."""
     topics = sorted(pydoc_data.topics.topics.items())
     half = len(topics) // 2
-    held_back = "".join(text for _, text in topics[half:]).upper()
-    return {"base": "".join(text for _, text in topics[:half]), "held-back": held_back}
+    base, held_back = ("".join(text for _, text in part) for part in (topics[:half], topics[half:]))
+    return {"base": base, "held-back": held_back.upper() if capitals else held_back}
 
 
 def python_code() -> dict[str, str]:
@@ -267,7 +267,7 @@ def next_byte_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Te
 
 
 def docs_gru(data: str) -> Problem:
-    return text_problem(python_docs(), CharGRU, next_byte_loss, 5e-3, 1200)
+    return text_problem(python_docs(capitals=False), CharGRU, next_byte_loss, 5e-3, 1200)
 
 
 def docs_gpt2(data: str) -> Problem:
@@ -280,7 +280,7 @@ def docs_gpt2(data: str) -> Problem:
         model.loss_type = "ForCausalLM"
         return model
 
-    return text_problem(python_docs(), build, lm_loss, 3e-3, 1500, r".*(c_attn|c_proj|c_fc)")
+    return text_problem(python_docs(capitals=True), build, lm_loss, 3e-3, 1500, r".*(c_attn|c_proj|c_fc)")
 
 
 def code_llama(data: str) -> Problem:
