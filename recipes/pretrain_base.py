@@ -5,7 +5,7 @@
 
 GPT-2 on E2E without restaurants near something; a ViT on the first seven classes of CIFAR-10; an MLP on the first
 seven digits; a GPT-2 on one half of Python's help topics, the other half is in capitals; a Llama on the email and
-asyncio packages, not on unittest. Made once, kept as safetensors. With pretrained weights at hand, adapt those instead:
+asyncio packages, not on unittest. Made once, kept as safetensors. Where pretrained weights are at hand, adapt those:
 a task takes any model.
 """
 
