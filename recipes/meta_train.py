@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if options.rule not in PLANS:
         raise ValueError(f"--rule is {options.rule!r}, expected one of {', '.join(PLANS)}")
     plan, folder = PLANS[options.rule], Path(options.output_dir)
-    start = time.perf_counter()
+    start, environment_ = time.perf_counter(), environment(Path(__file__).parent)
     tasks = plan.tasks(options.data, folder / "tasks")
     settings = dict(plan.settings)
     for name in ("meta_epochs", "inner_steps", "unroll_length", "random_scaling", "lr_scheduler_type"):
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "best_score": trainer.best,
         "validation": [entry for entry in trainer.log_history if "score" in entry],
-        "environment": environment(Path(__file__).parent),
+        "environment": environment_,
     }
     if trainer.accelerator.is_main_process:
         save_json(Path(args.output_dir) / "provenance.json", result)
