@@ -69,11 +69,9 @@ class MetaTrainingArguments:
     lr_scheduler_type: str = field(
         default="constant", metadata={"help": 'Of the inner runs: "constant" (official code), or "linear" to zero.'}
     )
-    curriculum: tuple[int, ...] = field(
-        default=(),
-        metadata={
-            "help": "N of the first, ..., last meta-epochs, in equal parts (official code, `--cl`); () for none."
-        },
+    curriculum: list[int] = field(
+        default_factory=list,
+        metadata={"help": "N of the first, ..., last meta-epochs, in equal parts (official code, `--cl`)."},
     )
     random_scaling: float = field(
         default=0.0,
@@ -99,7 +97,6 @@ class MetaTrainingArguments:
     )
 
     def __post_init__(self) -> None:
-        self.curriculum = tuple(self.curriculum)
         if self.unroll_length < 2:
             raise ValueError(
                 f"unroll_length is {self.unroll_length}, expected at least 2: losses are taken before each update, "
