@@ -21,9 +21,9 @@ class SL2OTrainingArguments(TrainingArguments):
     """Arguments of [`SL2OTrainer`]; everything of `TrainingArguments` holds as well.
 
     Defaults that differ from `TrainingArguments`, and why: `optim` is `"sl2o"`; `learning_rate` is the optimizer's own
-    (1.0 for sl2o and subspace_sgd, 0.3 for subspace_adamw); `lr_scheduler_type` is `"constant"`, since a rule learns
-    its own decay; `max_grad_norm` is 0.0, since the official code does not clip (if set, it clips the projected
-    gradient).
+    (1.0 for sl2o and subspace_sgd, 0.3 for subspace_adamw); `max_grad_norm` is 0.0, since the official code does not
+    clip (if set, it clips the projected gradient). `lr_scheduler_type` stays `"linear"`: the rules `default` and
+    `default-lora` were meta-trained under it; for `paper-cnn` and `paper-transformer` pass `"constant"`.
 
     Example:
 
@@ -39,9 +39,6 @@ class SL2OTrainingArguments(TrainingArguments):
     )
     learning_rate: float | None = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Default: the optimizer's own step size."}
-    )
-    lr_scheduler_type: str = field(  # type: ignore[assignment]
-        default="constant", metadata={"help": "Constant by default: a rule learns its own decay."}
     )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the projected gradient; 0: no clipping."})
     sl2o_basis: str | None = field(

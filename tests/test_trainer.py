@@ -181,10 +181,10 @@ class Rates(TrainerCallback):
 
 def test_learning_rate_schedules_reach_the_inner_optimizer(tmp_path):
     rates = Rates()
-    run(tmp_path, callbacks=[rates], lr_scheduler_type="linear", learning_rate=0.6)
+    run(tmp_path, callbacks=[rates], learning_rate=0.6)  # linear, as in any Trainer
     assert rates.inner == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
     constant = Rates()
-    run(tmp_path, callbacks=[constant])
+    run(tmp_path, callbacks=[constant], lr_scheduler_type="constant")
     assert constant.inner == [1.0] * 6
 
 
