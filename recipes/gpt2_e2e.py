@@ -158,17 +158,20 @@ def training_settings(args: SL2OTrainingArguments) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def stage(folder: Path, name: str, key: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Runs `work` on the first process unless its result with the same key is there; all processes get the result."""
+def stage(
+    folder: Path, name: str, key: str, work: Callable[[], dict[str, Any]], *, collective: bool = False
+) -> dict[str, Any]:
+    """Runs `work` unless its result of the same key is there: on the first process, or on all if it is collective."""
     path = folder / "stages" / f"{name}.json"
     state = PartialState()
+    done = path.is_file() and load_json(path)["key"] == key
+    state.wait_for_everyone()
     if state.is_main_process:
-        if path.is_file() and load_json(path)["key"] == key:
-            print(f"[{name}] done before, same settings", flush=True)
-        else:
-            print(f"[{name}] ...", flush=True)
-            start = time.perf_counter()
-            result = work()
+        print(f"[{name}] done before, same settings" if done else f"[{name}] ...", flush=True)
+    if not done and (collective or state.is_main_process):
+        start = time.perf_counter()
+        result = work()
+        if state.is_main_process:
             path.parent.mkdir(parents=True, exist_ok=True)
             save_json(path, {"key": key, "seconds": time.perf_counter() - start, **result})
     state.wait_for_everyone()
@@ -407,6 +410,8 @@ class Recipe:
             meta_epochs=recipe.meta_epochs,
             eval_every=max(1, recipe.meta_epochs // 5),
             seed=self.args.seed,
+            episodes_per_task=PartialState().num_processes,
+            use_cpu=self.args.use_cpu,
         )
         trainer = MetaTrainer(rule, meta_args, [task])
         trainer.train()
@@ -418,8 +423,9 @@ class Recipe:
             "log": trainer.log_history,
             "environment": environment(Path(__file__).parent),
         }
-        save_json(folder / "provenance.json", provenance)
-        trained = recipe.meta_epochs * recipe.inner_steps
+        if PartialState().is_main_process:
+            save_json(folder / "provenance.json", provenance)
+        trained = recipe.meta_epochs * recipe.inner_steps * meta_args.episodes_per_task
         validations = sum("validation_loss" in entry for entry in trainer.log_history)
         return {
             "rule": str(folder.relative_to(self.folder)),
@@ -585,8 +591,9 @@ class Recipe:
         basis = self.load_basis()
         if recipe.rule is None:
             meta = ("meta_epochs", "inner_steps", "unroll_length", "output_scale")
-            key = stamp(self.key, basis.fingerprint, [getattr(recipe, name) for name in meta])
-            stages["meta"] = stage(self.folder, "meta", key, lambda: self.meta(basis, key))
+            processes = PartialState().num_processes  # an episode each
+            key = stamp(self.key, basis.fingerprint, [getattr(recipe, name) for name in meta], processes)
+            stages["meta"] = stage(self.folder, "meta", key, lambda: self.meta(basis, key), collective=True)
             rule = Rule.from_pretrained(self.folder / stages["meta"]["rule"])
             if recipe.save_rule and PartialState().is_main_process:
                 Path(recipe.save_rule).mkdir(parents=True, exist_ok=True)
