@@ -59,7 +59,7 @@ def rule(result: dict) -> str:  # type: ignore[type-arg]
     lines.append("|---|---|---|---|---|---|")
     for name, task in result["tasks"].items():
         for arm, run in task["runs"].items():
-            steps = task["levels"][arm]["steps"] if arm in task["levels"] else None
+            steps = task["levels"][arm]["steps_of_mean"] if arm in task["levels"] else None
             there = ["", ""] if steps is None else [cell(steps[arm]), cell(steps["sl2o"])]
             rate = f"{run['learning_rate']:g}" + (", not tuned" if len(run["grid"]) == 1 else "")
             lines.append(f"| {name} | {arm} | {rate} | {run['final_eval_loss']:.3f} | {there[0]} | {there[1]} |")
@@ -70,7 +70,7 @@ def rule(result: dict) -> str:  # type: ignore[type-arg]
     lines += [
         "",
         f"{result['recipe']['steps']} steps with linear decay, {result['recipe']['seeds']} seeds; a level is reached "
-        f"within {100 * (result['recipe']['tolerance'] - 1):.0f} %. Steps of sl2o over the optimizer's own, mean over "
+        f"when the mean over seeds is within {100 * (result['recipe']['tolerance'] - 1):.0f} %. Steps of sl2o over the optimizer's own, mean over "
         f"tasks: {'; '.join(ratios)}. Made at commit {result['environment']['commit'][:7]}.",
     ]
     return "\n".join(lines)
