@@ -70,7 +70,8 @@ def rule(result: dict) -> str:  # type: ignore[type-arg]
     lines += [
         "",
         f"{result['recipe']['steps']} steps with linear decay, {result['recipe']['seeds']} seeds; a level is reached "
-        f"when the mean over seeds is within {100 * (result['recipe']['tolerance'] - 1):.0f} %. Steps of sl2o over the optimizer's own, mean over "
+        f"when the mean over seeds is within {100 * (result['recipe']['tolerance'] - 1):.0f} % of it. "
+        "Steps of sl2o over the optimizer's own, mean over "
         f"tasks: {'; '.join(ratios)}. Made at commit {result['environment']['commit'][:7]}.",
     ]
     return "\n".join(lines)
