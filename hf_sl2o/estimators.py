@@ -125,32 +125,30 @@ def unroll(
     if imitation and rule.config.inputs != "normalized":
         raise ValueError(f'imitation compares with m~, which a rule with inputs "{rule.config.inputs}" does not have')
     lrs = [float(lr)] * steps if isinstance(lr, int | float) else [float(value) for value in lr]
-    surrogate, losses = c.new_zeros(()), []
-    if coordinates is not None:
-        inverse_fraction = c.numel() / coordinates.numel()
-        # The graph's part starts where the whole is; the whole goes on without a graph, in place.
-        whole, whole_c, c, state = (
-            RuleState(*(t.clone() for t in state)),
-            c.clone(),
-            c[coordinates],
-            state.at(coordinates),
-        )
+    # First the run, without a graph and in place; then the rule alone is replayed on the gradients it saw, with its
+    # graph. Were the graph's small tensors made between steps, they would split up the memory that steps reuse: the
+    # heap would grow with T.
+    whole, whole_c = RuleState(*(tensor.detach().clone() for tensor in state)), c.detach().clone()
+    seen, losses = [], []
     for step in range(steps):
         loss, g = run.gradient()
         losses.append(loss)
-        seen = g if coordinates is None else g[coordinates]
-        surrogate = surrogate + torch.dot(seen, c)  # g at c_t with c_t, not with c_{t+1}
-        delta, state = rule(seen, state, total_steps=total_steps)
-        c = c - lrs[step] * delta
+        seen.append(g.clone() if coordinates is None else g[coordinates])  # (d,), or (K,)
+        moved = rule.update_(g, whole, total_steps=total_steps).mul_(-lrs[step])
+        whole_c += moved
+        run.move(moved)
+    inverse_fraction = 1.0
+    if coordinates is not None:
+        inverse_fraction = c.numel() / coordinates.numel()
+        c, state = c[coordinates], state.at(coordinates)
+    surrogate = c.new_zeros(())
+    for lr_of_step, g in zip(lrs, seen, strict=True):
+        surrogate = surrogate + torch.dot(g, c)  # g at c_t with c_t, not with c_{t+1}
+        delta, state = rule(g, state, total_steps=total_steps)
+        c = c - lr_of_step * delta
         if imitation:
             adam = imitation_lr * _adam_direction(rule, state)
-            surrogate = surrogate + imitation * (lrs[step] * delta - adam).square().sum() / 2 / run.basis.dim
-        if coordinates is None:
-            run.move(-lrs[step] * delta.detach())
-        else:
-            moved = rule.update_(g, whole, total_steps=total_steps).mul_(-lrs[step])
-            whole_c += moved
-            run.move(moved)
+            surrogate = surrogate + imitation * (lr_of_step * delta - adam).square().sum() / 2 / run.basis.dim
     if coordinates is not None:
         return inverse_fraction * surrogate, whole_c, whole, torch.stack(losses)
     return surrogate, c, state, torch.stack(losses)

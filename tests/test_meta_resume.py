@@ -630,5 +630,5 @@ def test_settings_survive_json(tmp_path):
     trainer = make(tmp_path, curriculum=[10, 15], max_seconds=0.0)
     trainer.train()
     stamp = json.loads((tmp_path / "checkpoint.json").read_text())["stamp"]
-    assert stamp["args"]["curriculum"] == [10, 15] and trainer.args.curriculum == (10, 15)
+    assert stamp["args"]["curriculum"] == [10, 15] == trainer.args.curriculum
     assert copy.deepcopy(trainer.args) == trainer.args
