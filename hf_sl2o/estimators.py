@@ -262,6 +262,14 @@ class SecondOrder(Estimator):
 
     Keeps the graph of T forward and backward passes. With T = N there is no truncation, and the estimate is the
     meta-gradient itself; with less it is the reference for what [`FirstOrder`] drops.
+
+    Example:
+
+    ```python
+    >>> from hf_sl2o import SecondOrder
+    >>> SecondOrder()  # MetaTrainer(..., estimator=SecondOrder())
+    SecondOrder()
+    ```
     """
 
     def window(

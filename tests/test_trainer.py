@@ -113,7 +113,6 @@ def test_plain_trainer_equals_ours(tmp_path):
         optim="sl2o",
         optim_args=f"basis={tmp_path}/basis,rule={tmp_path}/rule",
         learning_rate=1.0,
-        lr_scheduler_type="constant",
         max_grad_norm=0.05,
         max_steps=6,
         per_device_train_batch_size=4,
@@ -189,7 +188,10 @@ def test_learning_rate_schedules_reach_the_inner_optimizer(tmp_path):
 
 
 def test_max_grad_norm_clips_the_projected_gradient_and_its_norm_is_logged(tmp_path):
-    free, clipped = run(tmp_path / "a"), run(tmp_path / "b", optim="subspace_sgd", max_grad_norm=1e-3)
+    free, clipped = (
+        run(tmp_path / "a"),
+        run(tmp_path / "b", optim="subspace_sgd", max_grad_norm=1e-3, lr_scheduler_type="constant"),
+    )
     deltas = [e["sl2o_delta_norm"] for e in clipped.state.log_history if "loss" in e]
     norms = [e["grad_norm"] for e in clipped.state.log_history if "loss" in e]
     assert deltas == pytest.approx([1e-3] * 6, rel=1e-2) and min(norms) > 1e-2
