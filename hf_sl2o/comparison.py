@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,10 @@ def compare_on(
         results[name] = {
             "learning_rate": best,
             "units": arm.units,
-            "grid": [[lr, tuned[lr]["eval"]] for lr in sorted(tuned)],
+            # JSON has no NaN: where a rate diverged the loss is None
+            "grid": [
+                [lr, [[p[0], p[1] if isfinite(p[1]) else None] for p in tuned[lr]["eval"]]] for lr in sorted(tuned)
+            ],
             "finalists": [[lr, mean if mean < float("inf") else None] for lr, mean in means.items()],
             "eval_per_seed": curves,
             "eval": mean_curve([[point[:2] for point in curve] for curve in curves]),
