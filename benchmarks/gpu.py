@@ -73,7 +73,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "environment": environment(ROOT),
     }
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         save_json(options.json, result)
     print(f"{result['environment']['device']}: {result['seconds']:.0f} s")
     return result

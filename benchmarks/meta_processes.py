@@ -103,7 +103,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     print(f"ratio {two / one:.2f}")
     result = {"benchmark": "meta_processes", "rows": rows, "environment": environment(Path(__file__).parent)}
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         save_json(options.json, result)
     return result
 

@@ -301,7 +301,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         print(f"{text}  {entry['ratio']:.3f} x baseline", *notes, sep="  ")
     result = {"benchmark": "meta_training", "rows": rows, "environment": environment(Path(__file__).parent)}
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         save_json(options.json, result)
     return result
 

@@ -127,7 +127,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         low, high = entry["quartiles"]
         print(f"{entry['name']:28} {entry['value']:.4g} {entry['unit']} (quartiles {low:.4g} to {high:.4g}){ratio}")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         save_json(options.json, result)
     return result
 

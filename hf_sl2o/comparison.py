@@ -158,7 +158,6 @@ def compare_on(
             at = dataclasses.replace(task, basis=task.basis.with_units(arm.units))
             result = train_on(at, arm.make(lr), steps, seed=seed, schedule=schedule, evaluate_at=points, **options)
             known = {"key": list(where), "eval": result["eval"], "seconds": result["seconds"]}
-            path.parent.mkdir(parents=True, exist_ok=True)
             save_json(path, known)
         return known
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .checkpoints import under
 from .estimators import Carry, Estimator
 from .files import load_tensors, open_tensors
 from .rule import Rule
@@ -120,10 +121,6 @@ class Episode:
             numbers = json.loads(file.metadata()["episode"])
         self.done, self.diverged, self.first, self.mean, self.seconds = numbers
         tensors = load_tensors(path)
-
-        def part(head: str) -> dict[str, torch.Tensor]:
-            return {name.removeprefix(head): value for name, value in tensors.items() if name.startswith(head)}
-
-        self.carry = {name: value.to(self.runs[0].device) for name, value in part("carry.").items()}
+        self.carry = {name: value.to(self.runs[0].device) for name, value in under(tensors, "carry.").items()}
         for i, run in enumerate(self.runs):
-            run.load_state_dict(part(f"run.{i}."))
+            run.load_state_dict(under(tensors, f"run.{i}."))

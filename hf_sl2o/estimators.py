@@ -126,14 +126,14 @@ def unroll(
         raise ValueError(f'imitation compares with m~, which a rule with inputs "{rule.config.inputs}" does not have')
     lrs = [float(lr)] * steps if isinstance(lr, int | float) else [float(value) for value in lr]
     # First the run, without a graph and in place; then the rule alone is replayed on the gradients it saw, with its
-    # graph. Were the graph's small tensors made between steps, they would split up the memory that steps reuse: the
+    # graph. No step leaves a tensor behind: small ones would split up the memory that the next step reuses, and the
     # heap would grow with T.
     whole, whole_c = RuleState(*(tensor.detach().clone() for tensor in state)), c.detach().clone()
-    seen, losses = [], []
+    seen = c.new_empty(steps, c.numel() if coordinates is None else coordinates.numel())  # (T, d), or (T, K)
+    losses = c.new_empty(steps)
     for step in range(steps):
-        loss, g = run.gradient()
-        losses.append(loss)
-        seen.append(g.clone() if coordinates is None else g[coordinates])  # (d,), or (K,)
+        losses[step], g = run.gradient()
+        seen[step] = g if coordinates is None else g[coordinates]
         moved = rule.update_(g, whole, total_steps=total_steps).mul_(-lrs[step])
         whole_c += moved
         run.move(moved)
@@ -150,8 +150,8 @@ def unroll(
             adam = imitation_lr * _adam_direction(rule, state)
             surrogate = surrogate + imitation * (lr_of_step * delta - adam).square().sum() / 2 / run.basis.dim
     if coordinates is not None:
-        return inverse_fraction * surrogate, whole_c, whole, torch.stack(losses)
-    return surrogate, c, state, torch.stack(losses)
+        return inverse_fraction * surrogate, whole_c, whole, losses
+    return surrogate, c, state, losses
 
 
 def _adam_direction(rule: Rule, state: RuleState) -> torch.Tensor:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 
 def write_atomically(writers: Mapping[Path, Callable[[str], object]]) -> None:
-    """Calls each `writers[path](temporary)` beside its path and renames when all of them are done.
+    """Calls each `writers[path](temporary)` beside its path (folders are made) and renames when all are done.
 
     After a full disk or a kill the previous files are there.
 
@@ -26,6 +26,7 @@ def write_atomically(writers: Mapping[Path, Callable[[str], object]]) -> None:
     try:
         for path, write in writers.items():
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 write(str(temporaries[path]))
                 with open(temporaries[path], "rb") as file:
                     os.fsync(file.fileno())

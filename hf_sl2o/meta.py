@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,16 +22,18 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object, reduce
 from tqdm.auto import tqdm
 
+from .checkpoints import Checkpoints, under
 from .episodes import Episode
 from .estimators import Estimator, FirstOrder
-from .files import load_json, load_tensors, save_json, save_tensors
+from .files import save_json
 from .optim import LearnedOptimizer
 from .rule import Rule
 from .tasks import Task, schedule_factor, train_on
 
 logger = logging.getLogger(__name__)
 
-_MANIFEST = "checkpoint.json"
+# What a checkpoint holds beside tensors.
+_PROGRESS = ("epoch", "meta_step", "window", "best", "log_history")
 # Changing these does not change what a run has computed so far.
 _FREE = ("output_dir", "disable_tqdm", "max_seconds", "save_steps", "logging_steps", "report_to", "process_timeout")
 
@@ -273,12 +274,15 @@ class MetaTrainer:
         return self.args.seed * 1_000_003 + epoch * 1_009 + episode
 
     def _begin_episodes(self) -> None:
-        args, rank, processes = self.args, self.accelerator.process_index, self.accelerator.num_processes
         self.window = 0
-        for index in range(rank, len(self.tasks) * args.episodes_per_task, processes):
+        for index in self._own_episodes():
             self.episodes.append(self._episode(index))
-        for episode in self.episodes:
-            episode.begin(self.rule)
+            self.episodes[-1].begin(self.rule)
+
+    def _own_episodes(self) -> range:
+        """Numbers of the episodes of a meta-epoch that are dealt out to this process."""
+        episodes = len(self.tasks) * self.args.episodes_per_task
+        return range(self.accelerator.process_index, episodes, self.accelerator.num_processes)
 
     def _episode(self, index: int) -> Episode:
         task = self.tasks[index // self.args.episodes_per_task]
@@ -419,82 +423,49 @@ class MetaTrainer:
         for p in self.rule.parameters():
             p.data.copy_(self._sum(p.data.clone() if main else torch.zeros_like(p.data)))
 
-    # Checkpoints: a folder a checkpoint, and a manifest that names the newest one that is complete.
+    # Checkpoints
 
-    def _stamp(self) -> dict[str, Any]:
+    def _checkpoints(self) -> Checkpoints:
         args = {key: value for key, value in asdict(self.args).items() if key not in _FREE}
         if self.args.meta_lr_scheduler_type == "constant" and not self.args.curriculum:
             args.pop("meta_epochs")  # a longer run may go on from a shorter one
         tasks = [[task.name, task.basis.fingerprint] for task in self.tasks]
         stamp = {"args": args, "rule": asdict(self.rule.config), "tasks": tasks, "estimator": repr(self.estimator)}
-        return json.loads(json.dumps(stamp))  # type: ignore[no-any-return]
+        return Checkpoints(self.folder, json.loads(json.dumps(stamp)))
 
     def _save(self) -> None:
-        name = f"checkpoint-{self.meta_step:07d}"
-        folder = self.folder / name
-        folder.mkdir(parents=True, exist_ok=True)
+        checkpoints = self._checkpoints()
         for episode in self.episodes:
-            save_tensors(folder / f"episode-{episode.index}.safetensors", episode.state_dict(), **episode.numbers())
+            name = f"episode-{episode.index}"
+            checkpoints.write(self.meta_step, name, episode.state_dict(), **episode.numbers())
         self._wait()
         if self.accelerator.is_main_process:
             tensors = {f"rule.{name}": tensor for name, tensor in self.rule.state_dict().items()}
             tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
             for index, state in self.optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
-            save_tensors(folder / "meta.safetensors", tensors)
-            progress: dict[str, Any] = {
-                "epoch": self.epoch,
-                "meta_step": self.meta_step,
-                "window": self.window,
-                "best": self.best,
-            }
-            progress |= {"in_episode": bool(self.episodes), "log_history": self.log_history}
-            manifest = self.folder / _MANIFEST
-            previous = load_json(manifest)["folder"] if manifest.is_file() else None
-            save_json(manifest, {"folder": name, "stamp": self._stamp(), "progress": progress})
+            checkpoints.write(self.meta_step, "meta", tensors)
+            progress = {name: getattr(self, name) for name in _PROGRESS}
+            checkpoints.complete(self.meta_step, {**progress, "in_episode": bool(self.episodes)})
             save_json(self.folder / "log.json", self.log_history)
-            if previous not in (None, name):
-                shutil.rmtree(self.folder / previous)
         self._wait()
 
     def _resume(self) -> None:
-        path = self.folder / _MANIFEST
-        if not path.is_file():
+        checkpoint = self._checkpoints().newest()
+        if checkpoint is None:
             return
-        manifest, stamp = load_json(path), self._stamp()
-        for part, expected in stamp.items():
-            found = manifest["stamp"].get(part)
-            if found != expected:
-                raise ValueError(
-                    f"{path} was made with other settings: {_first_difference(part, found, expected)}; use another "
-                    "output_dir, or delete it"
-                )
-        progress, folder = manifest["progress"], self.folder / manifest["folder"]
-        self.epoch, self.meta_step, self.window = progress["epoch"], progress["meta_step"], progress["window"]
-        self.best, self.log_history = progress["best"], progress["log_history"]
-        tensors = load_tensors(folder / "meta.safetensors")
-
-        def under(head: str) -> dict[str, torch.Tensor]:
-            return {name.removeprefix(head): value for name, value in tensors.items() if name.startswith(head)}
-
-        self.rule.load_state_dict(under("rule."))
-        self.best_weights = {name: tensor.to(self.device) for name, tensor in under("best.").items()}
+        for name in _PROGRESS:
+            setattr(self, name, checkpoint.progress[name])
+        tensors = checkpoint.tensors("meta")
+        self.rule.load_state_dict(under(tensors, "rule."))
+        self.best_weights = {name: tensor.to(self.device) for name, tensor in under(tensors, "best.").items()}
         state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in under("optimizer.").items():
+        for name, value in under(tensors, "optimizer.").items():
             number, _, key = name.partition(".")
             state.setdefault(int(number), {})[key] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-        if progress["in_episode"]:
-            rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-            for index in range(rank, len(self.tasks) * self.args.episodes_per_task, processes):
+        if checkpoint.progress["in_episode"]:
+            for index in self._own_episodes():
                 self.episodes.append(self._episode(index))
-                self.episodes[-1].load(folder / f"episode-{index}.safetensors")
-
-
-def _first_difference(part: str, found: Any, expected: Any) -> str:
-    """Names the first setting in which two stamps differ."""
-    if isinstance(found, dict) and isinstance(expected, dict):
-        key = next(key for key in sorted({*found, *expected}) if found.get(key) != expected.get(key))
-        return f"{key} was {found.get(key)!r}, this run has {expected.get(key)!r}"
-    return f"{part} was {found!r}, this run has {expected!r}"
+                self.episodes[-1].load(checkpoint.path(f"episode-{index}"))

@@ -91,7 +91,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for level, entry in result["summary"].items():
         print(f"mean over tasks, steps of sl2o / steps of {level} to {level}'s final loss: {entry['mean_ratio']}")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         save_json(options.json, result)
         plot_tasks({name: entry["runs"] for name, entry in results.items()}, options.json.with_suffix(".png"))
     return result

@@ -172,7 +172,6 @@ def stage(
         start = time.perf_counter()
         result = work()
         if state.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
             save_json(path, {"key": key, "seconds": time.perf_counter() - start, **result})
     state.wait_for_everyone()
     return load_json(path)  # type: ignore[no-any-return]

@@ -373,7 +373,6 @@ def pretrained_base(name: str, data: str, folder: Path) -> tuple[Problem, Path]:
     problem = PROBLEMS[name](data)
     where = folder / f"{name}-base-{stamp(problem.learning_rate, problem.steps, data == 'embedded')}.safetensors"
     if not where.is_file():
-        where.parent.mkdir(parents=True, exist_ok=True)
         model = problem.build_model()
         train_full(problem, "base", model, f"{name} base", lambda step: None)
         once = {**dict(model.named_parameters()), **dict(model.named_buffers())}  # a tied weight is in it once

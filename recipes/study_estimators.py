@@ -120,7 +120,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     settings = {"problems": options.problems, "steps": options.steps, "draws": options.draws, "dim": DIM}
     result = {"study": "estimators", **settings, "rows": rows, "environment": environment(Path(__file__).parent)}
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         save_json(options.json, result)
         plot(rows, options.json.with_suffix(".png"))
     return result

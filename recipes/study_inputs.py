@@ -76,7 +76,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     settings = {"rule": options.rule, "seeds": options.seeds, "command_line": meta_train.portable(rest)}
     result = {"study": "inputs", **settings, "rows": rows, "environment": environment(Path(__file__).parent)}
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         save_json(options.json, result)
         plot(rows, options.json.with_suffix(".png"))
     return result

@@ -113,7 +113,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     environment_ = environment(Path(__file__).parent)
     result = {"study": "transfer", **settings, "early": early, "matrix": matrix, "environment": environment_}
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         save_json(options.json, result)
         plot(result, options.json.with_suffix(".png"))
     return result

@@ -112,7 +112,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     settings = {name: getattr(options, name) for name in ("task", "meta_epochs", "test_steps", "seeds")}
     result = {"study": "unroll", **settings, "rows": rows, "environment": environment(Path(__file__).parent)}
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         save_json(options.json, result)
         plot(groups, options.json.with_suffix(".png"))
     return result
