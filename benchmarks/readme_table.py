@@ -15,6 +15,7 @@ BLOCKS = {
     "rule-default": ROOT / "recipes" / "results" / "rule_default.json",
     "rule-default-lora": ROOT / "recipes" / "results" / "rule_default_lora.json",
     "meta-cost": ROOT / "benchmarks" / "results" / "meta_training.json",
+    "meta-processes": ROOT / "benchmarks" / "results" / "meta_processes.json",
 }
 
 
@@ -83,12 +84,23 @@ def meta_cost(result: dict) -> str:  # type: ignore[type-arg]
     return "\n".join(lines)
 
 
+def meta_processes(result: dict) -> str:  # type: ignore[type-arg]
+    lines = ["| | inner steps a second | ratio |", "|---|---|---|"]
+    for row in result["rows"]:
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        lines.append(
+            f"| {row['name']} | {row['value']:.1f} ({min(row['all']):.1f} to {max(row['all']):.1f}) | {ratio} |"
+        )
+    return "\n".join(lines)
+
+
 MAKE = {
     "e2e": e2e,
     "step-cost": step_cost,
     "rule-default": rule,
     "rule-default-lora": rule,
     "meta-cost": meta_cost,
+    "meta-processes": meta_processes,
 }
 
 

@@ -6,7 +6,8 @@ Importing the package adds `optim="sl2o"`, `"subspace_adamw"` and `"subspace_sgd
 from .arguments import SL2OTrainingArguments
 from .callbacks import SubspaceLogCallback, TrajectoryCallback
 from .estimators import PES, Estimator, FirstOrder, SecondOrder, unroll
-from .meta import MetaTrainer, MetaTrainingArguments
+from .meta import MetaTrainer
+from .meta_arguments import MetaTrainingArguments
 from .optim import LearnedOptimizer, SubspaceOptimizer
 from .registry import SubspaceOptimizerFactory, build_optimizer, register
 from .rule import LSTMRule, Rule, RuleConfig, RuleState, SymbolicRule

@@ -6,18 +6,16 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .checkpoints import under
 from .estimators import Carry, Estimator
 from .files import load_tensors, open_tensors
+from .meta_arguments import MetaTrainingArguments
 from .rule import Rule
 from .tasks import InnerRun, Task, schedule_factor
-
-if TYPE_CHECKING:
-    from .meta import MetaTrainingArguments
 
 logger = logging.getLogger(__name__)
 
