@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from .files import load_json, save_json
+from .subspace import Basis
 from .tasks import Task, train_on
 
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "hf_sl2o")
@@ -106,6 +107,7 @@ class Arm:
         make (`Callable`): Maps a learning rate to what makes the optimizer of `[c]`.
         learning_rates (`tuple[float, ...]`): Its grid; one rate is taken as it is.
         units (`str`, *optional*, defaults to `"std"`): Coordinates of the basis.
+        basis ([`Basis`], *optional*): Instead of the task's: a random one, or the identity for the full space.
         key (`str`, *optional*, defaults to the arm's name): Tells its kept runs from those of others, such as a
             rule's fingerprint.
     """
@@ -114,6 +116,7 @@ class Arm:
     learning_rates: tuple[float, ...]
     units: str = "std"
     key: str = ""
+    basis: Basis | None = None
 
 
 def compare_on(
@@ -151,11 +154,12 @@ def compare_on(
     points = {*range(0, steps + 1, eval_every), steps}
 
     def run(name: str, arm: Arm, lr: float, seed: int) -> dict[str, Any]:
-        where = task.basis.fingerprint, arm.units, steps, schedule, eval_every
+        basis = task.basis if arm.basis is None else arm.basis
+        where = basis.fingerprint, arm.units, steps, schedule, eval_every
         path = cache / task.name / f"{arm.key or name}-{lr:g}-seed-{seed}.json"
         known = load_json(path) if path.is_file() else {}
         if known.get("key") != list(where):
-            at = dataclasses.replace(task, basis=task.basis.with_units(arm.units))
+            at = dataclasses.replace(task, basis=basis.with_units(arm.units))
             result = train_on(at, arm.make(lr), steps, seed=seed, schedule=schedule, evaluate_at=points, **options)
             known = {"key": list(where), "eval": result["eval"], "seconds": result["seconds"]}
             save_json(path, known)

@@ -65,7 +65,8 @@ class Episode:
     def advance(self, rule: Rule, args: MetaTrainingArguments) -> torch.Tensor | None:
         """Runs the next window; returns its meta-gradient, flat, divided by the episode's first loss.
 
-        None if the episode has ended, or diverges in this window.
+        With `meta_loss="log"` divided by the window's mean loss instead: late windows, where losses are small, then
+        count as much as early ones. None if the episode has ended, or diverges in this window.
         """
         length = min(args.unroll_length, self.steps - self.done)
         if self.diverged or length < 2:
@@ -80,7 +81,8 @@ class Episode:
             self.first = float(window.losses[0])
         self.done += length
         self.mean = float(window.losses.mean())
-        gradient = torch.cat([g.reshape(-1) for g in window.gradients]) / max(abs(self.first), 1e-12)
+        unit = self.mean if args.meta_loss == "log" else self.first
+        gradient = torch.cat([g.reshape(-1) for g in window.gradients]) / max(abs(unit), 1e-12)
         self.seconds += time.perf_counter() - start
         # The comparison is also false of NaN.
         if self.mean <= args.divergence_factor * abs(self.first) and bool(torch.isfinite(gradient).all()):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from .rule import Rule, RuleState
+from .rule import Rule, RuleState, tensor_index
 from .subspace import Basis
 from .tasks import InnerRun
 
@@ -131,20 +131,26 @@ def unroll(
     whole, whole_c = RuleState(*(tensor.detach().clone() for tensor in state)), c.detach().clone()
     seen = c.new_empty(steps, c.numel() if coordinates is None else coordinates.numel())  # (T, d), or (T, K)
     losses = c.new_empty(steps)
+    sizes = run.basis.tensor_sizes
+    scales = c.new_empty(steps, len(sizes))  # (T, tensors), for a rule that sees them
     for step in range(steps):
         losses[step], g = run.gradient()
         seen[step] = g if coordinates is None else g[coordinates]
-        moved = rule.update_(g, whole, total_steps=total_steps).mul_(-lrs[step])
+        if (scale := rule.tensor_scale(g, whole, sizes)) is not None:
+            scales[step] = scale
+        moved = rule.update_(g, whole, sizes=sizes, total_steps=total_steps).mul_(-lrs[step])
         whole_c += moved
         run.move(moved)
     inverse_fraction = 1.0
     if coordinates is not None:
         inverse_fraction = c.numel() / coordinates.numel()
         c, state = c[coordinates], state.at(coordinates)
+    positions = torch.arange(len(whole_c), device=c.device) if coordinates is None else coordinates
+    tensor = tensor_index(positions, sizes) if rule.config.tensor_scale else None  # (d,), or (K,)
     surrogate = c.new_zeros(())
-    for lr_of_step, g in zip(lrs, seen, strict=True):
+    for step, (lr_of_step, g) in enumerate(zip(lrs, seen, strict=True)):
         surrogate = surrogate + torch.dot(g, c)  # g at c_t with c_t, not with c_{t+1}
-        delta, state = rule(g, state, total_steps=total_steps)
+        delta, state = rule(g, state, total_steps=total_steps, scale=None if tensor is None else scales[step, tensor])
         c = c - lr_of_step * delta
         if imitation:
             adam = imitation_lr * _adam_direction(rule, state)
@@ -152,6 +158,14 @@ def unroll(
     if coordinates is not None:
         return inverse_fraction * surrogate, whole_c, whole, losses
     return surrogate, c, state, losses
+
+
+def _scale(rule: Rule, run: InnerRun, g: torch.Tensor, state: RuleState) -> torch.Tensor | None:
+    """s of each coordinate's tensor, (d,), for a rule that sees it."""
+    scales = rule.tensor_scale(g, state, run.basis.tensor_sizes)
+    if scales is None:
+        return None
+    return scales[tensor_index(torch.arange(len(g), device=g.device), run.basis.tensor_sizes)]
 
 
 def _adam_direction(rule: Rule, state: RuleState) -> torch.Tensor:
@@ -296,7 +310,8 @@ class SecondOrder(Estimator):
                 loss = functional_call(objective, weights, (run.next_batch(),))
             gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, materialize_grads=True)
             g = run.scaled(_Project.apply(run.basis, *gradients))
-            delta, state = rule(g, state, total_steps=total_steps)
+            scale = _scale(rule, run, g, state)
+            delta, state = rule(g, state, total_steps=total_steps, scale=scale)
             c, total = c - lr * delta, total + loss
             losses.append(loss.detach())
         run.move((c - start).detach())
@@ -361,7 +376,8 @@ class PES(Estimator):
             for lr in lrs:
                 with torch.enable_grad():
                     loss, g = run.gradient()
-                delta, state = functional_call(rule, weights, (g, state), {"total_steps": total_steps})
+                options = {"total_steps": total_steps, "scale": _scale(rule, run, g, state)}
+                delta, state = functional_call(rule, weights, (g, state), options)
                 c = c - lr * delta
                 run.move(-lr * delta)
                 of_run.append(loss)

@@ -272,9 +272,11 @@ class MetaTrainer:
         mine = {i: self._validation_losses(self.eval_tasks[i]) for i in range(rank, len(self.eval_tasks), processes)}
         losses = dict(sorted(pair for pair in self._gather(list(mine.items()))))
         names = [task.name for task in self.eval_tasks]
-        means = {names[i]: mean for i, (_, mean) in losses.items()}
-        score = sum(mean / first for first, mean in losses.values()) / len(losses)
-        score = score if score == score else float("inf")
+        means = {names[i]: sum(points) / len(points) for i, (_, *points) in losses.items()}
+        # The geometric mean: a per cent less counts the same early and late, on every task.
+        logs = [math.log(max(point / first, 1e-12)) for first, *points in losses.values() for point in points]
+        score = math.exp(sum(logs) / len(logs))
+        score = score if score == score else math.inf
         if score < self.best:
             self.best = score
             self.best_weights = {name: tensor.detach().clone() for name, tensor in self.rule.state_dict().items()}
@@ -283,8 +285,8 @@ class MetaTrainer:
             {"meta_epoch": self.epoch, "validation_loss": mean, "validation": means, "score": score, "best": self.best}
         )
 
-    def _validation_losses(self, task: Task) -> tuple[float, float]:
-        """Held-out loss before training, and its mean over the points of a run with the frozen rule."""
+    def _validation_losses(self, task: Task) -> list[float]:
+        """Held-out loss before training and at points of a run with the frozen rule; inf where it is not finite."""
         args, n = self.args, self.args.inner_steps
         result = train_on(
             task,
@@ -296,9 +298,7 @@ class MetaTrainer:
             device=self.device,
             autocast=self.autocast,
         )
-        first, *losses = [loss for _, loss in result["eval"]]
-        mean = sum(losses) / len(losses)
-        return first, mean if mean == mean else float("inf")
+        return [loss if math.isfinite(loss) else math.inf for _, loss in result["eval"]]
 
     # Between processes
 

@@ -29,6 +29,10 @@ class MetaTrainingArguments:
     meta_epochs: int = field(default=20, metadata={"help": "Episodes on each task."})
     meta_learning_rate: float = field(default=1e-2, metadata={"help": "Of the meta-optimizer."})
     learning_rate: float = field(default=1.0, metadata={"help": "lr of the inner run; multiplies the rule's output."})
+    meta_loss: str = field(
+        default="sum",
+        metadata={"help": '"sum" of the losses over the first one (official code), or of their "log"arithms.'},
+    )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Clips the meta-gradient; 0: no clipping."})
     eval_every: int = field(default=2, metadata={"help": "Meta-epochs between validations of the rule."})
     divergence_factor: float = field(
@@ -91,6 +95,8 @@ class MetaTrainingArguments:
             raise ValueError(
                 f'meta_lr_scheduler_type is {self.meta_lr_scheduler_type!r}, expected "constant" or "cosine"'
             )
+        if self.meta_loss not in ("sum", "log"):
+            raise ValueError(f'meta_loss is {self.meta_loss!r}, expected "sum" or "log"')
         schedule_factor(self.lr_scheduler_type, 0, 1)
         if self.mixed_precision not in (None, "no", "bf16"):
             raise ValueError(f'mixed_precision is {self.mixed_precision!r}, expected "no" or "bf16"')

@@ -6,138 +6,30 @@ caller moves theta (or a coefficient) by -lr * delta. One rule is shared by all 
     m = beta1 m + (1 - beta1) g        m~ = m^ / (sqrt(v^) + eps)        with m^, v^ bias-corrected
     v = beta2 v + (1 - beta2) g^2      g~ = g  / (sqrt(v^) + eps)
     hidden, cell = LSTM([m~, g~], hidden, cell)        delta = output_scale * tanh(W hidden)
+
+m~ and g~ do not tell a coordinate with large gradients from one with small ones. A rule with `tensor_scale` also sees
+m^ / s and g / s, with s^2 the mean of v^ over the tensor (all d coefficients; one LoRA factor).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from .hub import HubFiles, take
+from .rule_config import ADDED_LATER, EXPRESSIONS, RuleConfig
 
 R = TypeVar("R", bound="Rule")
 
 # Coordinates of one call of a rule in `update_`.
 _CHUNK = {"cpu": 1 << 13, "cuda": 1 << 20}
-
-# Choices that the first saved rules did not have to make.
-_ADDED_LATER: dict[str, Any] = {"momenta": (), "progress": False}
-
-# Supplement, Table 2: expressions fitted to a rule that was meta-trained on ResNet-20.
-EXPRESSIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "tanh": lambda m, g: 0.2326 * torch.tanh(g - 0.1094),
-    "exp-tanh": lambda m, g: 0.2097 * torch.exp(torch.tanh(g)) - 0.2523,
-    "exp-tanh-cubic": lambda m, g: 0.0627 * torch.exp(torch.tanh(g + m**3)),
-}
-
-
-@dataclass(frozen=True)
-class RuleConfig:
-    """Every choice a rule makes; saved with its weights. Presets: [`RuleConfig.preset`].
-
-    Example:
-
-    ```python
-    >>> from hf_sl2o import RuleConfig
-    >>> RuleConfig.preset("paper-transformer").output_scale
-    0.0001
-    ```
-    """
-
-    inputs: str = dataclasses.field(
-        default="normalized", metadata={"help": '"normalized": m~ and g~; "gradient": g alone (L2O-DM).'}
-    )
-    beta1: float = dataclasses.field(default=0.9, metadata={"help": "Decay of m (official code, networks.py)."})
-    beta2: float = dataclasses.field(default=0.99, metadata={"help": "Decay of v (official code, networks.py)."})
-    eps: float = dataclasses.field(default=1e-8, metadata={"help": "Added to sqrt(v^) (official code)."})
-    log_sign: float | None = dataclasses.field(
-        default=None,
-        metadata={"help": "p: each input x becomes (log|x| / p, sign x), linear below e^-p. None: x itself."},
-    )
-    embed_size: int = dataclasses.field(default=0, metadata={"help": "Linear + ELU before the LSTM; 0: none."})
-    hidden_size: int = dataclasses.field(default=8, metadata={"help": "h (supplement 1)."})
-    num_layers: int = dataclasses.field(default=1, metadata={"help": "LSTM layers (supplement 1)."})
-    squash: bool = dataclasses.field(default=True, metadata={"help": "tanh on the head's output (supplement 1)."})
-    output_scale: float = dataclasses.field(
-        default=1.0, metadata={"help": "delta per unit of the head's output, in units of the coordinates."}
-    )
-    bias_correction_offset: int = dataclasses.field(
-        default=0, metadata={"help": "1 restores the exponent t + 1 of the published CNN and ViT scripts."}
-    )
-    reset_cell_every: int = dataclasses.field(
-        default=0,
-        metadata={"help": "Steps after which the cell state is zeroed; 391 (an epoch) restores the published runs."},
-    )
-    expression: str | None = dataclasses.field(
-        default=None, metadata={"help": f"One of {sorted(EXPRESSIONS)} instead of the LSTM (supplement 2.5, Table 2)."}
-    )
-    momenta: tuple[float, ...] = dataclasses.field(
-        default=(),
-        metadata={"help": "Decays of further momenta, each an input as m~ is; the paper has none."},
-    )
-    progress: bool = dataclasses.field(
-        default=False,
-        metadata={"help": "The share of the run that is done is an input; the optimizer then needs total_steps."},
-    )
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "momenta", tuple(self.momenta))  # JSON has lists
-        if self.inputs not in ("normalized", "gradient"):
-            raise ValueError(f'inputs is {self.inputs!r}, expected "normalized" or "gradient"')
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError(f"betas are {self.beta1} and {self.beta2}, expected values in [0, 1)")
-        if any(not 0 <= beta < 1 for beta in self.momenta) or (self.momenta and self.inputs != "normalized"):
-            raise ValueError(f'momenta are {self.momenta}, expected values in [0, 1), beside inputs "normalized"')
-        if self.hidden_size < 1 or self.num_layers < 1 or self.embed_size < 0:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} and num_layers {self.num_layers} must be at least 1, "
-                f"embed_size {self.embed_size} at least 0"
-            )
-        if self.log_sign is not None and self.log_sign <= 0:
-            raise ValueError(f"log_sign is {self.log_sign}, expected a positive number or None")
-        if self.expression is not None and self.expression not in EXPRESSIONS:
-            raise ValueError(f"expression is {self.expression!r}, expected one of {sorted(EXPRESSIONS)}")
-
-    @classmethod
-    def preset(cls, name: str, *, published_quirks: bool = False) -> RuleConfig:
-        """Returns a published configuration.
-
-        Args:
-            name (`str`): `"paper-cnn"` and `"paper-transformer"` (SL2O's official code), `"rnnprop"` and `"l2o-dm"`
-                (earlier learned optimizers the paper compares with), `"symbolic"` (Table 2, first expression).
-            published_quirks (`bool`, *optional*, defaults to `False`): Restore what the official scripts did and we
-                hold for slips: the exponent t + 1 in the bias correction (CNN and ViT scripts), and the cell state
-                set to zero every epoch of 391 steps (evaluation scripts). The published numbers were probably made
-                with both.
-        """
-        presets = {
-            "paper-cnn": cls(),
-            "paper-transformer": cls(log_sign=10.0, output_scale=1e-4),
-            "rnnprop": cls(beta1=0.95, beta2=0.95, embed_size=20, hidden_size=20, num_layers=2, output_scale=0.1),
-            "l2o-dm": cls(
-                inputs="gradient", log_sign=5.0, hidden_size=20, num_layers=2, squash=False, output_scale=0.01
-            ),
-            "symbolic": cls(expression="tanh"),
-        }
-        if name not in presets:
-            raise ValueError(f"there is no preset {name!r}, expected one of {sorted(presets)}")
-        config = presets[name]
-        if published_quirks:
-            config = dataclasses.replace(config, bias_correction_offset=1, reset_cell_every=391)
-        return config
-
-    @property
-    def input_size(self) -> int:
-        """Numbers per coordinate that reach the network."""
-        gradients = (2 if self.inputs == "normalized" else 1) + len(self.momenta)
-        return gradients * (1 if self.log_sign is None else 2) + int(self.progress)
 
 
 class RuleState(NamedTuple):
@@ -158,6 +50,18 @@ class RuleState(NamedTuple):
         """Returns the state of some of the coordinates: views for a slice, copies for indices."""
         step = self.step if self.step.ndim == 0 else self.step[part]
         return RuleState(step, *(tensor[part] for tensor in self[1:]))
+
+
+@functools.lru_cache(maxsize=32)
+def _of_tensors(sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sizes of the tensors in a flat vector and where each ends, (k,) int64; kept, so that no step copies them."""
+    counts = torch.tensor(sizes, device=device)
+    return counts, counts.cumsum(0)
+
+
+def tensor_index(coordinates: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Maps (K,) positions in a flat vector of tensors to the number of the tensor that each lies in, (K,) int64."""
+    return torch.bucketize(coordinates, _of_tensors(tuple(sizes), coordinates.device)[1], right=True)
 
 
 def log_and_sign(x: torch.Tensor, p: float) -> torch.Tensor:
@@ -199,7 +103,7 @@ class Rule(nn.Module, HubFiles):
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of the configuration and the weights; optimizer states carry it."""
-        config = {k: v for k, v in dataclasses.asdict(self.config).items() if _ADDED_LATER.get(k, ...) != v}
+        config = {k: v for k, v in dataclasses.asdict(self.config).items() if ADDED_LATER.get(k, ...) != v}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode() + tensor.detach().double().cpu().numpy().tobytes())
@@ -214,6 +118,35 @@ class Rule(nn.Module, HubFiles):
         """Maps (N, k) inputs and the network's state to (N,) outputs and the next state."""
         raise NotImplementedError
 
+    def tensor_scale(
+        self,
+        g: torch.Tensor,
+        state: RuleState,
+        sizes: Sequence[int] | None = None,
+        *,
+        betas: tuple[float, float] | None = None,
+    ) -> torch.Tensor | None:
+        """Returns s of each tensor in the flat `g`, before the step that uses it; no vector of N numbers is made.
+
+        Args:
+            g, state, betas: As for [`~Rule.forward`].
+            sizes (`Sequence[int]`, *optional*): Of the k tensors; by default `g` is one tensor.
+
+        Returns:
+            `(k,)`: the square root of the mean of v^ over the tensor; None for a rule that does not see it.
+        """
+        if not self.config.tensor_scale:
+            return None
+        beta2 = self.config.beta2 if betas is None else betas[1]
+        sizes = (g.numel(),) if sizes is None else tuple(sizes)
+        counts, ends = _of_tensors(sizes, g.device)
+        step = state.step + 1 + self.config.bias_correction_offset
+        if step.ndim:
+            step = step[ends - 1]
+        squares = torch.stack(torch._foreach_norm(g.split(sizes))).square()  # (k,)
+        old = torch.stack(torch._foreach_norm(state.exp_avg_sq.split(sizes), 1))  # (k,) sums: v is not negative
+        return (torch.lerp(squares, old, beta2) / counts / (1 - beta2**step)).sqrt()
+
     def forward(
         self,
         g: torch.Tensor,
@@ -222,6 +155,7 @@ class Rule(nn.Module, HubFiles):
         betas: tuple[float, float] | None = None,
         eps: float | None = None,
         total_steps: float | None = None,
+        scale: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RuleState]:
         """Returns the update for one step.
 
@@ -230,6 +164,8 @@ class Rule(nn.Module, HubFiles):
             state ([`RuleState`]): From [`~Rule.init_state`] or the previous step.
             betas, eps (*optional*): Instead of the configuration's.
             total_steps (`float`, *optional*): Steps of the whole run, for a rule whose configuration has `progress`.
+            scale (`torch.Tensor` of shape `(N,)` or `(1,)`, *optional*): s of each coordinate's tensor, for a rule
+                whose configuration has `tensor_scale`; by default that of `g` as one tensor.
 
         Returns:
             `delta` of shape `(N,)`, to be subtracted, and the next [`RuleState`].
@@ -246,23 +182,28 @@ class Rule(nn.Module, HubFiles):
                 f"this rule sees the share of the run that is done, and total_steps is {total_steps}: pass the number "
                 "of steps of the run (max_steps to the Trainer)"
             )
+        if config.tensor_scale and scale is None:
+            scale = self.tensor_scale(g, state, betas=betas)
         momenta = state.momenta
         with torch.autocast(g.device.type, enabled=False):
             if config.inputs == "normalized":
                 m = torch.lerp(g, state.exp_avg, beta1)  # (N,)
                 v = torch.lerp(g * g, state.exp_avg_sq, beta2)  # (N,)
                 exponent = step + config.bias_correction_offset
-                scale = 1 / ((v / (1 - beta2**exponent)).sqrt() + eps)
-                columns = [m / (1 - beta1**exponent) * scale, g * scale]
+                inverse = 1 / ((v / (1 - beta2**exponent)).sqrt() + eps)
+                m_hat = m / (1 - beta1**exponent)
+                columns = [m_hat * inverse, g * inverse]
                 if config.momenta:
                     further = [
                         torch.lerp(g, old, beta) for old, beta in zip(momenta.unbind(-1), config.momenta, strict=True)
                     ]
                     columns += [
-                        new / (1 - beta**exponent) * scale for new, beta in zip(further, config.momenta, strict=True)
+                        new / (1 - beta**exponent) * inverse for new, beta in zip(further, config.momenta, strict=True)
                     ]
                     momenta = torch.stack(further, dim=-1)  # (N, k)
-                inputs = torch.stack(columns, dim=-1)  # (N, 2 + k)
+                if scale is not None:
+                    columns += [m_hat / (scale + eps), g / (scale + eps)]
+                inputs = torch.stack(columns, dim=-1)  # (N, 2 + k), or (N, 4 + k)
             else:
                 m, v = state.exp_avg, state.exp_avg_sq
                 inputs = g.unsqueeze(-1)  # (N, 1)
@@ -281,7 +222,13 @@ class Rule(nn.Module, HubFiles):
 
     @torch.no_grad()
     def update_(
-        self, g: torch.Tensor, state: RuleState, *, finite: torch.Tensor | None = None, **options: Any
+        self,
+        g: torch.Tensor,
+        state: RuleState,
+        *,
+        finite: torch.Tensor | None = None,
+        sizes: Sequence[int] | None = None,
+        **options: Any,
     ) -> torch.Tensor:
         """Turns `g` into delta and `state` into the next one, in place, without a graph.
 
@@ -292,16 +239,22 @@ class Rule(nn.Module, HubFiles):
             g (`torch.Tensor` of shape `(N,)`): The gradient; overwritten.
             state ([`RuleState`]): Overwritten.
             finite (0-d `torch.Tensor`, *optional*): Where false, delta is 0 and the state stays as it is.
+            sizes (`Sequence[int]`, *optional*): Of the tensors that `g` holds; by default it is one tensor.
             **options: As for [`~Rule.forward`].
 
         Returns:
             `g`, which holds delta of shape `(N,)`.
         """
         chunk = _CHUNK.get(g.device.type, 1 << 16)
+        scales = self.tensor_scale(g, state, sizes, betas=options.get("betas"))  # (k,)
         for start in range(0, g.numel(), chunk):
-            part = slice(start, start + chunk)
+            part = slice(start, min(start + chunk, g.numel()))
             old = state.at(part)
-            delta, new = self(g[part], old, **options)
+            scale = scales
+            if scales is not None and len(scales) > 1:
+                assert sizes is not None
+                scale = scales[tensor_index(torch.arange(part.start, part.stop, device=g.device), sizes)]
+            delta, new = self(g[part], old, scale=scale, **options)
             for previous, following in zip(old[1:], new[1:], strict=True):
                 previous.copy_(following if finite is None else torch.where(finite, following, previous))
             g[part] = delta if finite is None else torch.where(finite, delta, 0)
@@ -315,7 +268,7 @@ class Rule(nn.Module, HubFiles):
     def from_files(cls: type[R], config: dict[str, Any], tensors: dict[str, torch.Tensor], where: str) -> R:
         take(config, {"rule"}, where)
         fields = {field.name for field in dataclasses.fields(RuleConfig)}
-        take({**_ADDED_LATER, **config["rule"]}, fields, where)
+        take({**ADDED_LATER, **config["rule"]}, fields, where)
         rule = Rule.from_config(RuleConfig(**config["rule"]))
         if not isinstance(rule, cls):
             raise ValueError(f"{where} holds a {type(rule).__name__}, not a {cls.__name__}; use Rule.from_pretrained")

@@ -216,7 +216,8 @@ def train_on(
 
     Args:
         task ([`Task`]): What is trained.
-        optimizer (`Callable`): Makes the optimizer of `[c]`, such as `lambda c: LearnedOptimizer(c, rule)`.
+        optimizer (`Callable`): Makes the optimizer of a list, such as `lambda c: LearnedOptimizer(c, rule)`: the
+            coefficients as one tensor, or with an identity basis one for each parameter.
         steps (`int`): Optimizer steps.
         seed (`int`, *optional*, defaults to 0): Of the batches and of dropout.
         schedule (`str`, *optional*, defaults to `"constant"`): `"constant"` or `"linear"` (to zero at the last step).
@@ -252,8 +253,9 @@ def train_on(
     if evaluate_at and not len(task.eval_batches):
         raise ValueError(f"task {task.name!r} has no eval_batches to evaluate on; give some, or evaluate_at=()")
     run = InnerRun(task, seed, device=device, autocast=autocast)
-    c = nn.Parameter(torch.zeros(run.basis.dim, device=run.device, dtype=run.basis.compute_dtype))
-    inner = optimizer([c])
+    c = torch.zeros(run.basis.dim, device=run.device, dtype=run.basis.compute_dtype)
+    parts = [nn.Parameter(part) for part in c.split(run.basis.tensor_sizes)]  # views: they move c
+    inner = optimizer(list(parts))
     base = [float(group["lr"]) for group in inner.param_groups]
     losses, evals, spent = [], [], 0.0
 
@@ -266,10 +268,12 @@ def train_on(
         start = time.perf_counter()
         for group, lr in zip(inner.param_groups, base, strict=True):
             group["lr"] = lr * schedule_factor(schedule, step, steps)
-        loss, c.grad = run.gradient()
-        before = c.detach().clone()
+        loss, g = run.gradient()
+        for part, gradient in zip(parts, g.split(run.basis.tensor_sizes), strict=True):
+            part.grad = gradient
+        before = c.clone()
         inner.step()
-        run.move(c.detach() - before)
+        run.move(c - before)
         losses.append(loss)
         spent += time.perf_counter() - start
         take(step + 1)

@@ -4,7 +4,7 @@
     python recipes/evaluate_rules.py --what default-lora --data PATH --json recipes/results/rule_default_lora.json
 
 `default`: 40 coefficients in whitened units. The rule is not tuned; AdamW (whitened), momentum and SGD (the better of
-whitened and orthonormal units) are, on validation.
+whitened and orthonormal units) are, on validation; so are AdamW in a random subspace and in the full space.
 `default-lora`: the scalars of LoRA factors. AdamW with its tuned rate and with its usual 2e-4, and momentum.
 Every arm's learning rate decays linearly to zero. Killed and started again it goes on.
 """
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             task = subspace_task(name, options.data, options.tasks_dir)
         else:
             task = lora_task(name, options.data, options.tasks_dir, options.rank)
-        arms, cache = arms_of(options.what, rule, options.steps), options.output_dir / options.what
+        arms, cache = arms_of(options.what, rule, options.steps, task.basis.layout), options.output_dir / options.what
         runs = compare_on(task, arms, options.steps, seeds=options.seeds, cache=cache)
         results[task.name] = {"d": task.basis.dim, "runs": runs, "levels": judge(runs)}
         if options.what == "default":

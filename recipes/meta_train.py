@@ -13,16 +13,15 @@ import dataclasses
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from meta_tasks import lora_task, subspace_task
+from meta_tasks import named_task
 from transformers import HfArgumentParser
 
-from hf_sl2o import FirstOrder, LSTMRule, MetaTrainer, MetaTrainingArguments, RuleConfig, Task
+from hf_sl2o import FirstOrder, LSTMRule, MetaTrainer, MetaTrainingArguments, RuleConfig
 from hf_sl2o.comparison import environment
 from hf_sl2o.files import save_json
 
@@ -32,7 +31,7 @@ class Plan:
     """What a shipped rule is meta-trained on; evaluate_rules.py judges it on tasks that are not among them."""
 
     config: RuleConfig
-    tasks: Callable[[str, Path], list[Task]]
+    tasks: tuple[str, ...]  # see meta_tasks.named_task
     settings: dict[str, Any]
     coordinates: int | None = None
 
@@ -56,30 +55,20 @@ OURS: dict[str, Any] = {
 }
 PLANS = {
     "default": Plan(
-        RuleConfig(),
-        lambda data, folder: [subspace_task(name, data, folder) for name in ("quadratic", "digits-mlp", "e2e-gpt2")],
+        RuleConfig(tensor_scale=True),
+        ("quadratic", "teacher", "teacher@8", "digits-mlp", "digits-mlp@8", "e2e-gpt2"),
         {**OURS, "random_scaling": 0.5},
     ),
     "default-lora": Plan(
         RuleConfig(log_sign=10.0, output_scale=0.01),
-        lambda data, folder: [
-            lora_task(name, data, folder, rank)
-            for name, rank in (("digits-mlp", 4), ("digits-mlp", 16), ("docs-gpt2", 4), ("docs-gpt2", 8))
-        ],
+        ("digits-mlp-lora4", "digits-mlp-lora16", "docs-gpt2-lora4", "docs-gpt2-lora8"),
         OURS,
         coordinates=2000,
     ),
     # The published constants, T, N and schedule, on a network of two cores' size.
-    "paper-cnn": Plan(
-        RuleConfig.preset("paper-cnn"),
-        lambda data, folder: [subspace_task("digits-mlp", data, folder)],
-        PAPER,
-    ),
+    "paper-cnn": Plan(RuleConfig.preset("paper-cnn"), ("digits-mlp",), PAPER),
     "paper-transformer": Plan(
-        RuleConfig.preset("paper-transformer"),
-        lambda data, folder: [lora_task("docs-gpt2", data, folder, 4)],
-        {**PAPER, "inner_steps": 200},
-        coordinates=2000,
+        RuleConfig.preset("paper-transformer"), ("docs-gpt2-lora4",), {**PAPER, "inner_steps": 200}, coordinates=2000
     ),
 }
 
@@ -93,6 +82,7 @@ class MetaTrainArguments:
     output_dir: str = field(default="outputs/meta_train", metadata={"help": "Bases, checkpoints, logs."})
     name: str | None = field(default=None, metadata={"help": "Of the folder in it; default: the rule's."})
     save_to: str | None = field(default=None, metadata={"help": "Also keep the rule and how it was made here."})
+    tasks: list[str] = field(default_factory=list, metadata={"help": "Instead of the plan's."})
     meta_epochs: int | None = field(default=None, metadata={"help": "Instead of the plan's."})
     inner_steps: int | None = field(default=None, metadata={"help": "Instead of the plan's."})
     unroll_length: int | None = field(default=None, metadata={"help": "Instead of the plan's."})
@@ -102,6 +92,8 @@ class MetaTrainArguments:
     output_scale: float | None = field(default=None, metadata={"help": "Instead of the plan's."})
     momenta: list[float] = field(default_factory=list, metadata={"help": "Further momenta the rule sees."})
     progress: bool = field(default=False, metadata={"help": "The rule sees the share of the run that is done."})
+    tensor_scale: bool | None = field(default=None, metadata={"help": "Instead of the plan's: it sees g / s too."})
+    meta_loss: str | None = field(default=None, metadata={"help": "Instead of the plan's: sum, log."})
     seed: int = field(default=0, metadata={"help": "Of the fresh rule, batches and dropout."})
     max_seconds: float | None = field(default=None, metadata={"help": "Stop after so long; a new start goes on."})
     use_cpu: bool = field(default=False, metadata={"help": "Do not use a GPU."})
@@ -114,9 +106,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise ValueError(f"--rule is {options.rule!r}, expected one of {', '.join(PLANS)}")
     plan, folder = PLANS[options.rule], Path(options.output_dir)
     start, environment_ = time.perf_counter(), environment(Path(__file__).parent)
-    tasks = plan.tasks(options.data, folder / "tasks")
+    tasks = [named_task(name, options.data, folder / "tasks") for name in options.tasks or plan.tasks]
     settings = dict(plan.settings)
-    for name in ("meta_epochs", "inner_steps", "unroll_length", "random_scaling", "lr_scheduler_type"):
+    for name in ("meta_epochs", "inner_steps", "unroll_length", "random_scaling", "lr_scheduler_type", "meta_loss"):
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)
     args = MetaTrainingArguments(
@@ -129,8 +121,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         **settings,
     )
     changes: dict[str, Any] = {"momenta": tuple(options.momenta), "progress": options.progress}
-    if options.output_scale is not None:
-        changes["output_scale"] = options.output_scale
+    for name in ("output_scale", "tensor_scale"):
+        if getattr(options, name) is not None:
+            changes[name] = getattr(options, name)
     torch.manual_seed(args.seed)
     rule = LSTMRule(dataclasses.replace(plan.config, **changes))
     trainer = MetaTrainer(rule, args, tasks, estimator=FirstOrder(coordinates=plan.coordinates))

@@ -15,7 +15,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from meta_tasks import PROBLEMS, pretrained_base
+from meta_tasks import pretrained_base
+from problems import PROBLEMS
 from safetensors.torch import load_file
 
 NAMES = ("digits-mlp", "docs-gpt2", "e2e-gpt2", "cifar-vit", "code-llama")

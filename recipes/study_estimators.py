@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from meta_tasks import PROBLEMS
+from problems import PROBLEMS
 
 from hf_sl2o import PES, FirstOrder, Layout, LSTMRule, RandomBasis, RuleConfig, SecondOrder, Task
 from hf_sl2o.comparison import environment

@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             label: Arm(learned(rule, options.steps), (1.0,), key=f"rule-{rule.fingerprint}")
             for label, rule in of_task.items()
         }
-        tuned = arms_of("default", rules["default"], options.steps)
+        tuned = arms_of("default", rules["default"], options.steps, task.basis.layout)
         arms |= {f"{arm}, tuned": dataclasses.replace(tuned[arm], key=arm) for arm in tuned if arm != "sl2o"}
         runs = compare_on(task, arms, options.steps, seeds=options.seeds, cache=options.cache)
         matrix[name] = {

@@ -7,6 +7,7 @@ import evaluate_rules  # recipes/ is on the path, as it is where a recipe runs
 import meta_tasks
 import meta_train
 import pretrain_base
+import problems
 import pytest
 import study_estimators
 import study_inputs
@@ -28,14 +29,14 @@ def short(monkeypatch):
         return lambda data: dataclasses.replace(make(data), steps=120)
 
     for name in ("quadratic", "digits-mlp"):
-        monkeypatch.setitem(meta_tasks.PROBLEMS, name, shortened(meta_tasks.PROBLEMS[name]))
+        monkeypatch.setitem(problems.PROBLEMS, name, shortened(problems.PROBLEMS[name]))
 
 
 @pytest.fixture
 def plans(monkeypatch):
     for name, tasks in (
-        ("default", lambda data, folder: [meta_tasks.subspace_task("digits-mlp", data, folder)]),
-        ("default-lora", lambda data, folder: [meta_tasks.lora_task("digits-mlp", data, folder, 2)]),
+        ("default", ("digits-mlp@8",)),
+        ("default-lora", ("digits-mlp-lora2",)),
     ):
         monkeypatch.setitem(meta_train.PLANS, name, dataclasses.replace(meta_train.PLANS[name], tasks=tasks))
 
@@ -87,7 +88,7 @@ def test_unseen_tasks_are_unseen():
 def test_every_problem_learns_something(short):
     data = ("quadratic", "digits-mlp", "docs-gpt2", "docs-gru", "code-llama")
     for name in data:
-        problem = meta_tasks.PROBLEMS[name]("embedded")
+        problem = problems.PROBLEMS[name]("embedded")
         model = problem.build_model()
         again = problem.build_model()
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
@@ -105,7 +106,7 @@ def test_every_problem_learns_something(short):
 def test_what_is_held_back_is_not_in_the_base(short, tmp_path):
     losses = pretrain_base.main(["--names", "digits-mlp", "--output_dir", str(tmp_path)])
     assert losses["digits-mlp"]["base"] < 0.7 < losses["digits-mlp"]["held-back"]
-    problem = meta_tasks.PROBLEMS["digits-mlp"]("embedded")
+    problem = problems.PROBLEMS["digits-mlp"]("embedded")
     assert set(next(problem.batches("base", 0))[1].tolist()) <= set(range(7))
     assert set(next(problem.batches("held-back", 0))[1].tolist()) <= {7, 8, 9}
     task = meta_tasks.lora_task("digits-mlp", "embedded", tmp_path, rank=2)

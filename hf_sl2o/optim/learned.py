@@ -175,7 +175,7 @@ class LearnedOptimizer(Optimizer):
         finite = torch.isfinite(g).all()  # ()
         self._non_finite.record(finite)
         options = {name: group[name] for name in ("betas", "eps", "total_steps")}
-        self.rule.update_(g, state, finite=finite, **options)
+        self.rule.update_(g, state, finite=finite, sizes=[p.numel() for p in params], **options)
         lr = group["lr"]
         offset = 0
         for p in params:

@@ -73,6 +73,11 @@ class Basis(HubFiles):
         return self.units.numel()
 
     @property
+    def tensor_sizes(self) -> list[int]:
+        """Sizes of the tensors that the coefficients are: one of d; of an identity basis the parameters' own."""
+        return [self.dim]
+
+    @property
     def device(self) -> torch.device:
         return self.units.device
 

@@ -58,6 +58,10 @@ class IdentityBasis(Basis):
         yield 0, stop - start, torch.eye(stop - start, device=self.device)  # for `matrix`, of small cases
 
     @property
+    def tensor_sizes(self) -> list[int]:
+        return list(self.layout.numels)
+
+    @property
     def dtype(self) -> torch.dtype:
         return torch.float32
 
