@@ -4,6 +4,7 @@ Importing the package adds `optim="sl2o"`, `"subspace_adamw"` and `"subspace_sgd
 """
 
 from .arguments import SL2OTrainingArguments
+from .batch_norm import BatchNormCallback, recalibrate_batch_norm
 from .callbacks import SubspaceLogCallback, TrajectoryCallback
 from .estimators import PES, Estimator, FirstOrder, SecondOrder, unroll
 from .meta import MetaTrainer
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Basis",
+    "BatchNormCallback",
     "DenseBasis",
     "Estimator",
     "FirstOrder",
@@ -45,6 +47,7 @@ __all__ = [
     "TrajectoryCallback",
     "build_optimizer",
     "fit_basis",
+    "recalibrate_batch_norm",
     "register",
     "train_on",
     "unroll",

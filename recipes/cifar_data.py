@@ -21,45 +21,57 @@ CLASSES = 10
 # Of the training split, each channel in [0, 1].
 MEAN = torch.tensor([0.4914, 0.4822, 0.4465]).view(3, 1, 1)
 STD = torch.tensor([0.2470, 0.2435, 0.2616]).view(3, 1, 1)
+MARGIN = 4  # pixels of black around an image, from which random crops are taken
 
 
 def load_cifar(
-    data: str, split: str, rows: int | None = None, classes: Collection[int] | None = None
+    data: str,
+    split: str,
+    rows: int | None = None,
+    classes: Collection[int] | None = None,
+    *,
+    num_classes: int = CLASSES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the images and labels of a split.
 
     Args:
         data (`str`): `"embedded"` (generated images of ten classes, no download), `"hub"` (the Hugging Face Hub's
-            uoft-cs/cifar10), or a folder with train.parquet and test.parquet, columns `img` (as datasets stores
-            images) and `label`.
+            uoft-cs/cifar10 or -cifar100), or a folder with train.parquet and test.parquet, columns `img` (as datasets
+            stores images) and `label`; `fine_label` for CIFAR-100.
         split (`str`): `"train"` or `"test"`.
         rows (`int`, *optional*): The first so many rows.
         classes (`Collection[int]`, *optional*): Only rows with these labels, which keep their numbers.
+        num_classes (`int`, *optional*, defaults to 10): 10 or 100.
 
     Returns:
         Images of shape `(N, 3, 32, 32)`, uint8, and labels of shape `(N,)`, int64.
 
     Raises:
         `FileNotFoundError`, `ValueError`: a file is missing, lacks a column, has no rows, an image that is not
-            32 x 32 RGB, or a label that is not in 0 to 9.
+            32 x 32 RGB, or a label that is not in 0 to `num_classes` - 1.
     """
     if split not in SPLITS:
         raise ValueError(f"the split is {split!r}, expected one of {', '.join(SPLITS)}")
     if rows is not None and rows < 1:
         raise ValueError(f"rows is {rows}, expected at least 1, or None for all")
-    kept = set(range(CLASSES) if classes is None else classes)
-    if not kept or not kept <= set(range(CLASSES)):
-        raise ValueError(f"classes are {sorted(kept)}, expected some of 0 to {CLASSES - 1}")
+    if num_classes not in (10, 100):
+        raise ValueError(f"num_classes is {num_classes}, expected 10 (CIFAR-10) or 100 (CIFAR-100)")
+    kept = set(range(num_classes) if classes is None else classes)
+    if not kept or not kept <= set(range(num_classes)):
+        raise ValueError(f"classes are {sorted(kept)}, expected some of 0 to {num_classes - 1}")
     if data == "embedded":
+        if num_classes != CLASSES:
+            raise ValueError(f"the embedded images have {CLASSES} classes, not {num_classes}; give hub or a folder")
         images, labels = generate(split, rows if classes is None else None)
         chosen = torch.isin(labels, torch.tensor(sorted(kept)))
         return images[chosen][:rows], labels[chosen][:rows]
-    encoded, found, where = _from_hub(split) if data == "hub" else _from_folder(data, split)
+    column = "label" if num_classes == CLASSES else "fine_label"
+    encoded, found, where = _from_hub(split, column) if data == "hub" else _from_folder(data, split, column)
     for index, label in enumerate(found):
-        if not isinstance(label, int) or not 0 <= label < CLASSES:
+        if not isinstance(label, int) or not 0 <= label < num_classes:
             raise ValueError(
-                f"{where} has the label {label!r} in row {index}, expected an integer from 0 to {CLASSES - 1}; give "
-                "CIFAR-10, or number the classes so"
+                f"{where} has the label {label!r} in row {index}, expected an integer from 0 to {num_classes - 1}; "
+                f"give CIFAR-{num_classes}, or number the classes so"
             )
     chosen_rows = [index for index, label in enumerate(found) if label in kept][:rows]
     if not chosen_rows:
@@ -68,14 +80,15 @@ def load_cifar(
     return images, torch.tensor([found[index] for index in chosen_rows])
 
 
-def _from_hub(split: str) -> tuple[Sequence[Any], Sequence[Any], str]:
+def _from_hub(split: str, column: str) -> tuple[Sequence[Any], Sequence[Any], str]:
     from datasets import Image, load_dataset
 
-    loaded = load_dataset("uoft-cs/cifar10", split=split).cast_column("img", Image(decode=False))
-    return list(loaded["img"]), list(loaded["label"]), "the Hub's uoft-cs/cifar10"
+    name = "uoft-cs/cifar10" if column == "label" else "uoft-cs/cifar100"
+    loaded = load_dataset(name, split=split).cast_column("img", Image(decode=False))
+    return list(loaded["img"]), list(loaded[column]), f"the Hub's {name}"
 
 
-def _from_folder(folder: str, split: str) -> tuple[Sequence[Any], Sequence[Any], str]:
+def _from_folder(folder: str, split: str, column: str) -> tuple[Sequence[Any], Sequence[Any], str]:
     import pyarrow
     from pyarrow import parquet
 
@@ -89,12 +102,12 @@ def _from_folder(folder: str, split: str) -> tuple[Sequence[Any], Sequence[Any],
         table = parquet.read_table(path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} is not a parquet file ({error}); restore it from its source") from error
-    missing = [name for name in ("img", "label") if name not in table.column_names]
+    missing = [name for name in ("img", column) if name not in table.column_names]
     if missing:
         raise ValueError(
-            f"{path} has the columns {table.column_names}, and lacks {missing[0]!r}; expected 'img' and 'label'"
+            f"{path} has the columns {table.column_names}, and lacks {missing[0]!r}; expected 'img' and {column!r}"
         )
-    return table["img"].to_pylist(), table["label"].to_pylist(), str(path)
+    return table["img"].to_pylist(), table[column].to_pylist(), str(path)
 
 
 def _decode(encoded: Sequence[Any], rows: Sequence[int], where: str) -> torch.Tensor:
@@ -181,20 +194,87 @@ def _block(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def normalize(images: torch.Tensor) -> torch.Tensor:
     """Maps uint8 images `(N, 3, 32, 32)` to floats of that shape, by CIFAR-10's mean and standard deviation."""
-    return (images.float() / 255 - MEAN.to(images.device)) / STD.to(images.device)
+    return images.float().sub_(255 * MEAN.to(images.device)).div_(255 * STD.to(images.device))
 
 
 def crop_and_flip(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Moves each of the images `(B, 3, 32, 32)` by up to 4 pixels, with black around it, and mirrors half of them."""
-    count, device = len(images), images.device
-    top, left = torch.randint(0, 9, (2, count, 1), generator=generator)  # (B, 1) each
+    count = len(images)
+    top, left = torch.randint(0, 9, (2, count, 1), generator=generator).squeeze(-1)  # (B,) each
     mirrored = torch.rand(count, 1, generator=generator) < 0.5
-    pixels = torch.arange(32).expand(count, 32)
-    row = (top + pixels).to(device).view(count, 1, 32, 1)
-    column = (left + torch.where(mirrored, 31 - pixels, pixels)).to(device).view(count, 1, 1, 32)
-    image = torch.arange(count, device=device).view(-1, 1, 1, 1)
-    channel = torch.arange(3, device=device).view(1, 3, 1, 1)
-    return F.pad(images, (4, 4, 4, 4))[image, channel, row, column]
+    padded = F.pad(images, (MARGIN, MARGIN, MARGIN, MARGIN))
+    return cut_and_flip(padded, torch.arange(count), top, left, mirrored.squeeze(-1))
+
+
+def cut_and_flip(
+    padded: torch.Tensor, chosen: torch.Tensor, top: torch.Tensor, left: torch.Tensor, mirrored: torch.Tensor
+) -> torch.Tensor:
+    """Cuts a window of 32 x 32 out of each chosen image, and mirrors some: `(B, 3, 32, 32)`; no loop over images.
+
+    Args:
+        padded (`torch.Tensor` of shape `(N, 3, 40, 40)`): Images with black around them.
+        chosen, top, left (`torch.Tensor` of shape `(B,)`, int64): Which images, and where the window begins, 0 to 8.
+        mirrored (`torch.Tensor` of shape `(B,)`, bool): Which windows are mirrored.
+    """
+    chosen, top, left = (index.to(padded.device) for index in (chosen, top, left))
+    windows = padded.unfold(2, 32, 1).unfold(3, 32, 1)  # (N, 3, 9, 9, 32, 32), a view
+    cut = windows[chosen, :, top, left]
+    return torch.where(mirrored.to(padded.device).view(-1, 1, 1, 1), cut.flip(3), cut)
+
+
+class ImageSet(torch.utils.data.Dataset[Any]):
+    """Images for a Trainer, whole batches at a time: `{"pixel_values": (B, 3, 32, 32), "labels": (B,)}`.
+
+    Where an image is cut and whether it is mirrored follows from the seed, the epoch and its number alone, so that a
+    resumed run, and many processes, see what one run sees.
+
+    Args:
+        images (`torch.Tensor` of shape `(N, 3, 32, 32)`, uint8), labels (`torch.Tensor` of shape `(N,)`): The data.
+        augment (`bool`): Random crops and flips.
+        seed (`int`, *optional*, defaults to 0): Of those.
+
+    Example:
+
+    ```python
+    >>> from recipes.cifar_data import ImageSet, load_cifar
+    >>> train = ImageSet(*load_cifar("embedded", "train", rows=100), augment=True)
+    >>> train.__getitems__([3, 5])["pixel_values"].shape  # a DataLoader with collate_fn=as_is asks for this
+    torch.Size([2, 3, 32, 32])
+    ```
+    """
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, *, augment: bool, seed: int = 0) -> None:
+        if not len(images):
+            raise ValueError("the split is empty; give at least one image")
+        self.images = F.pad(images, (MARGIN, MARGIN, MARGIN, MARGIN)) if augment else images
+        self.labels, self.augment, self.seed, self.epoch = labels, augment, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        chosen = torch.as_tensor(indices)
+        if not self.augment:
+            return {"pixel_values": normalize(self.images[chosen]), "labels": self.labels[chosen]}
+        bits = mixed(chosen + 1_000_003 * (self.epoch + 1_009 * self.seed))
+        cut = cut_and_flip(self.images, chosen, bits % 9, bits // 9 % 9, bits // 81 % 2 == 1)
+        return {"pixel_values": normalize(cut), "labels": self.labels[chosen]}
+
+
+def as_is(batch: Any) -> Any:
+    """The collator of an [`ImageSet`], whose batches are made already."""
+    return batch
+
+
+def mixed(numbers: torch.Tensor) -> torch.Tensor:
+    """Maps int64 numbers to pseudo-random ones below 2^31 (the finaliser of SplitMix64)."""
+    z = numbers * -7046029254386353131
+    z = (z ^ (z >> 30)) * -4658895280553007687
+    z = (z ^ (z >> 27)) * -7723592293110705685
+    return (z ^ (z >> 31)) & 0x7FFF_FFFF
 
 
 def batches(

@@ -1,4 +1,4 @@
-"""Networks for 32 x 32 images: CIFAR's ResNet-8, -20 and -18, and a small ViT of transformers.
+"""Networks for 32 x 32 images: CIFAR's ResNet-8, -20, -18 and VGG-16; MobileNetV2 and a small ViT of transformers.
 
 All map images of shape `(B, 3, 32, 32)`, float, to logits of shape `(B, num_classes)`.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import MobileNetV2Config, MobileNetV2ForImageClassification, ViTConfig, ViTForImageClassification
 
 
 class PaddedShortcut(nn.Module):
@@ -97,6 +97,86 @@ def resnet20(num_classes: int = 10) -> nn.Module:
 def resnet18(num_classes: int = 10) -> nn.Module:
     """Returns ResNet-18 with a 3 x 3 stem and no pooling after it: `(B, 3, 32, 32)` to `(B, num_classes)`."""
     return ResNet((64, 128, 256, 512), 2, num_classes, projected=True)
+
+
+class VGG(nn.Module):
+    """3 x 3 convolutions with BatchNorm, halved after each of five stages, and one linear head.
+
+    Args:
+        stages (`tuple[tuple[int, int], ...]`): Convolutions and channels of each stage.
+        num_classes (`int`): Size of the head.
+    """
+
+    def __init__(self, stages: tuple[tuple[int, int], ...], num_classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for count, width in stages:
+            for _ in range(count):
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Maps images `(B, 3, 32, 32)` to logits `(B, num_classes)`."""
+        return self.head(self.features(images).flatten(1))
+
+
+def vgg16(num_classes: int = 10) -> nn.Module:
+    """Returns VGG-16 with BatchNorm and one linear layer on top: `(B, 3, 32, 32)` to `(B, num_classes)`."""
+    return VGG(((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)), num_classes)
+
+
+class MobileNet(nn.Module):
+    """`MobileNetV2ForImageClassification` that returns its logits."""
+
+    def __init__(self, config: MobileNetV2Config) -> None:
+        super().__init__()
+        self.mobilenet = MobileNetV2ForImageClassification(config)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Maps images `(B, 3, H, W)` to logits `(B, num_classes)`."""
+        return self.mobilenet(pixel_values=images).logits
+
+
+def mobilenet_v2(num_classes: int = 10, image_size: int = 32) -> nn.Module:
+    """Returns transformers' MobileNetV2: `(B, 3, S, S)` to `(B, num_classes)`.
+
+    Below 64 pixels it halves the image three times instead of five (later strides become dilations), so that 4 x 4
+    positions are left of 32 x 32.
+    """
+    config = MobileNetV2Config(
+        image_size=image_size,
+        output_stride=8 if image_size < 64 else 32,
+        tf_padding=False,
+        classifier_dropout_prob=0.0,
+        num_labels=num_classes,
+    )
+    return MobileNet(config)
+
+
+class Classifier(nn.Module):
+    """Gives a network of images the interface that the Trainer expects: `pixel_values`, `labels`, a loss.
+
+    Args:
+        network (`nn.Module`): Maps images to logits.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Maps images `(B, 3, H, W)` and labels `(B,)` to the mean cross-entropy and logits `(B, num_classes)`."""
+        logits = self.network(pixel_values)
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
 class SmallViT(nn.Module):

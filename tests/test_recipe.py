@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pipeline
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -85,9 +86,9 @@ def test_a_second_start_runs_nothing_again(finished, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise AssertionError("trained again")
 
-    for target in (gpt2_e2e.SL2OTrainer, gpt2_e2e.MetaTrainer):
+    for target in (pipeline.SL2OTrainer, pipeline.MetaTrainer):
         monkeypatch.setattr(target, "train", refuse)
-    monkeypatch.setattr(gpt2_e2e, "fit_basis", refuse)
+    monkeypatch.setattr(pipeline, "fit_basis", refuse)
     again = recipe(folder, "--seeds", "2")
     assert timeless(again) == timeless(result)
     assert "[meta] done before, same settings" in capsys.readouterr().out
@@ -109,9 +110,9 @@ def test_killed_anywhere_it_goes_on_to_the_same_result(finished, tmp_path, monke
             if steps["left"] == 0:
                 raise Killed
 
-    original = gpt2_e2e.Bar
-    monkeypatch.setattr(gpt2_e2e, "Bar", lambda: Killer())
-    meta_step = gpt2_e2e.MetaTrainer._meta_step
+    original = pipeline.Bar
+    monkeypatch.setattr(pipeline, "Bar", lambda: Killer())
+    meta_step = pipeline.MetaTrainer._meta_step
     meta_steps = {"left": 3}
 
     def dying_meta_step(self, **kwargs):
@@ -120,7 +121,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_result(finished, tmp_path, monke
             raise Killed
         return meta_step(self, **kwargs)
 
-    monkeypatch.setattr(gpt2_e2e.MetaTrainer, "_meta_step", dying_meta_step)
+    monkeypatch.setattr(pipeline.MetaTrainer, "_meta_step", dying_meta_step)
     kills = 0
     for left in (13, 10_000, 5, 20):
         steps["left"] = left
@@ -129,7 +130,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_result(finished, tmp_path, monke
         except Killed:
             kills += 1
     assert kills == 4
-    monkeypatch.setattr(gpt2_e2e, "Bar", original)
+    monkeypatch.setattr(pipeline, "Bar", original)
     assert timeless(recipe(tmp_path, "--seeds", "2")) == timeless(result)
 
 

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from pyarrow import parquet
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from recipes.cifar_data import batches, crop_and_flip, load_cifar, normalize
-from recipes.networks import resnet8, resnet18, resnet20, small_vit
+from recipes.cifar_data import ImageSet, as_is, batches, crop_and_flip, load_cifar, normalize
+from recipes.networks import mobilenet_v2, resnet8, resnet18, resnet20, small_vit, vgg16
 
 
 def encoded(pixels, kind="PNG"):
@@ -38,7 +39,15 @@ def write(folder, images, labels, split="train"):
 
 
 @pytest.mark.parametrize(
-    ("build", "parameters"), [(resnet8, 75_290), (resnet20, 269_722), (resnet18, 11_173_962), (small_vit, 142_026)]
+    ("build", "parameters"),
+    [
+        (resnet8, 75_290),
+        (resnet20, 269_722),
+        (resnet18, 11_173_962),
+        (vgg16, 14_728_266),
+        (mobilenet_v2, 2_236_682),
+        (small_vit, 142_026),
+    ],
 )
 def test_networks_have_the_published_sizes_and_shapes(build, parameters):
     network = build()
@@ -48,6 +57,19 @@ def test_networks_have_the_published_sizes_and_shapes(build, parameters):
     assert logits.shape == (3, 7) and logits.dtype == torch.float32
     F.cross_entropy(network(torch.randn(2, 3, 32, 32)), torch.tensor([0, 9])).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("build", "size", "published"),  # millions of multiplications and additions of one image
+    [(resnet20, 32, 41), (resnet18, 32, 556), (vgg16, 32, 313), (lambda: mobilenet_v2(1000, 224), 224, 300)],
+)
+def test_networks_cost_what_was_published(build, size, published):
+    network = build().eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.randn(1, 3, size, size))
+    assert counter.get_total_flops() / 2e6 == pytest.approx(published, rel=0.015)
+    if size == 224:
+        assert sum(p.numel() for p in network.parameters()) == 3_504_872  # of ImageNet's
 
 
 def test_small_vit_takes_its_sizes_and_has_no_dropout():
@@ -207,3 +229,61 @@ def test_crops_are_windows_of_the_padded_image_or_of_its_mirror_image():
     assert len(found) == 64
     flips, tops, lefts = zip(*found, strict=True)
     assert 16 < sum(flips) < 48 and set(tops) == set(lefts) == set(range(9))
+
+
+# Whole batches for a Trainer
+
+
+def windows(image):
+    """All 81 crops of a padded image, plain and mirrored, by loops."""
+    padded = F.pad(image, (4, 4, 4, 4))
+    crops = [padded[:, i : i + 32, j : j + 32] for i in range(9) for j in range(9)]
+    return [*crops, *(crop.flip(2) for crop in crops)]
+
+
+def test_an_image_set_gives_crops_and_mirrors_that_follow_from_seed_and_epoch():
+    images, labels = load_cifar("embedded", "train", rows=600)
+    train = ImageSet(images, labels, augment=True, seed=3)
+    rows = [5, 17, 599]
+    batch = train.__getitems__(rows)
+    for value, row in zip(batch["pixel_values"], rows, strict=True):
+        assert sum(torch.equal(value, normalize(window)) for window in windows(images[row])) >= 1
+    assert torch.equal(batch["labels"], labels[rows])
+    alone = torch.stack([train[row]["pixel_values"] for row in rows])
+    assert torch.equal(alone, batch["pixel_values"])  # whatever else is in the batch
+    first = train.__getitems__(range(600))["pixel_values"]
+    train.epoch = 1
+    second = train.__getitems__(range(600))["pixel_values"]
+    other = ImageSet(images, labels, augment=True, seed=4).__getitems__(range(600))["pixel_values"]
+    for changed in (second, other):
+        same = (first == changed).flatten(1).all(dim=1).float().mean()
+        assert same < 0.03  # 1 in 162
+    mirrored = torch.tensor(
+        [
+            any(torch.equal(value, normalize(window)) for window in windows(image)[81:])
+            for value, image in zip(first[:100], images[:100], strict=True)
+        ]
+    )
+    assert 0.3 < mirrored.float().mean() < 0.7
+    plain = ImageSet(images, labels, augment=False)
+    assert torch.equal(plain.__getitems__(rows)["pixel_values"], normalize(images[rows]))
+    loader = torch.utils.data.DataLoader(plain, batch_size=64, collate_fn=as_is)
+    assert [len(batch["labels"]) for batch in loader] == [64] * 9 + [24]
+    with pytest.raises(ValueError, match="the split is empty"):
+        ImageSet(images[:0], labels[:0], augment=True)
+
+
+def test_cifar_100(tmp_path):
+    rows = {"img": [{"bytes": encoded(picture), "path": None} for picture in pictures(3)], "fine_label": [99, 0, 5]}
+    parquet.write_table(pyarrow.table(rows), tmp_path / "train.parquet")
+    assert load_cifar(str(tmp_path), "train", num_classes=100)[1].tolist() == [99, 0, 5]
+    with pytest.raises(ValueError, match="lacks 'label'"):
+        load_cifar(str(tmp_path), "train")
+    with pytest.raises(ValueError, match="embedded images have 10 classes"):
+        load_cifar("embedded", "train", num_classes=100)
+    with pytest.raises(ValueError, match="expected 10 .* or 100"):
+        load_cifar("embedded", "train", num_classes=7)
+    rows["fine_label"][0] = 100
+    parquet.write_table(pyarrow.table(rows), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="label 100 in row 0, expected an integer from 0 to 99"):
+        load_cifar(str(tmp_path), "train", num_classes=100)

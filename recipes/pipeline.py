@@ -1,0 +1,545 @@
+"""The stages that the recipes share, from an ordinary run to the table: sample, extract, meta, train, compare.
+
+sample: the full space is trained while snapshots are written, the best run on validation is kept;  extract: PCA gives
+d directions;  meta: a rule is trained in them;  train: every arm, learning rates tuned on validation, over several
+seeds;  compare: JSON, figure, table. Each stage is skipped when its result with the same settings is there, and goes
+on where a kill left it. A recipe says what the model, the data, the loss and the arms are.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback
+from transformers.training_args import OptimizerNames
+
+from hf_sl2o import (
+    Basis,
+    IdentityBasis,
+    Layout,
+    LSTMRule,
+    MetaTrainer,
+    MetaTrainingArguments,
+    RandomBasis,
+    Rule,
+    RuleConfig,
+    SL2OTrainer,
+    SL2OTrainingArguments,
+    SymbolicRule,
+    Task,
+    Trajectory,
+    TrajectoryCallback,
+    fit_basis,
+)
+from hf_sl2o.comparison import environment, mean_curve, mean_steps_to, peak_bytes, plot, reset_peak, steps_to, table
+from hf_sl2o.files import load_json, save_json
+from hf_sl2o.trainer import last_complete_checkpoint, steps_done
+
+
+@dataclass
+class PipelineArguments:
+    """What a recipe adds to the flags of the Trainer."""
+
+    subspace: str = field(default="pca-full", metadata={"help": "pca-full, pca-lora, lora, or random."})
+    dim: int = field(default=40, metadata={"help": "d (the paper: 40)."})
+    lora_rank: int = field(default=4, metadata={"help": "r of pca-lora and lora (the paper: 4)."})
+    seeds: int = field(default=3, metadata={"help": "Runs of each arm; they differ in the order of the data."})
+    train_rows: int | None = field(default=None, metadata={"help": "First so many rows; default: all."})
+    eval_rows: int = field(default=256, metadata={"help": "Rows of the validation split."})
+    trajectory_steps: int = field(default=1200, metadata={"help": "Steps of the AdamW run that is recorded."})
+    snapshots: int = field(default=60, metadata={"help": "Recorded at even distances (the paper: 60)."})
+    trajectory_learning_rates: list[float] = field(
+        default_factory=lambda: [1e-3, 3e-3, 1e-2], metadata={"help": "The best one on validation is recorded."}
+    )
+    meta_epochs: int = field(default=20, metadata={"help": "Episodes of meta-training."})
+    inner_steps: int = field(default=200, metadata={"help": "N, steps of an episode."})
+    unroll_length: int = field(default=10, metadata={"help": "T."})
+    output_scale: float | None = field(
+        default=None,
+        metadata={"help": "Of the rule, in units of the coordinates; default: 1 in a basis, 0.01 in lora."},
+    )
+    rule: str | None = field(default=None, metadata={"help": "Use this rule instead of meta-training one."})
+    save_rule: str | None = field(default=None, metadata={"help": "Keep the rule here, with how it was made."})
+    arms: list[str] | None = field(default=None, metadata={"help": "Default: all that make sense."})
+    quick_grid: bool = field(
+        default=False, metadata={"help": "Two learning rates in each coordinates instead of up to four."}
+    )
+    demo: bool = field(default=False, metadata={"help": "Everything in a few minutes on two cores."})
+
+    #: The arms by name, of the recipe.
+    known_arms: ClassVar[Mapping[str, Arm]] = {}
+
+    def __post_init__(self) -> None:
+        if self.subspace not in ("pca-full", "pca-lora", "lora", "random"):
+            raise ValueError(f"--subspace is {self.subspace!r}, expected pca-full, pca-lora, lora, or random")
+        if unknown := sorted(set(self.arms or []) - set(self.known_arms)):
+            raise ValueError(f"--arms has {unknown[0]!r}, expected any of {sorted(self.known_arms)}")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table; `grid` holds (units, learning rate), tuned on validation."""
+
+    optim: str
+    grid: tuple[tuple[str, float], ...]
+    momentum: float = 0.0
+    basis: str = "learned"  # "learned", "random", "none"
+
+
+def grid(**learning_rates: tuple[float, ...]) -> tuple[tuple[str, float], ...]:
+    return tuple((units, lr) for units, values in learning_rates.items() for lr in values)
+
+
+def stamp(*settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def training_settings(args: SL2OTrainingArguments) -> dict[str, Any]:
+    """The flags of the Trainer that change what a run computes."""
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps", "seed", "bf16")
+    names += ("fp16", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon")
+    return {name: getattr(args, name) for name in names}
+
+
+def stage(
+    folder: Path, name: str, key: str, work: Callable[[], dict[str, Any]], *, collective: bool = False
+) -> dict[str, Any]:
+    """Runs `work` unless its result of the same key is there: on the first process, or on all if it is collective."""
+    path = folder / "stages" / f"{name}.json"
+    state = PartialState()
+    done = path.is_file() and load_json(path)["key"] == key
+    state.wait_for_everyone()
+    if state.is_main_process:
+        print(f"[{name}] done before, same settings" if done else f"[{name}] ...", flush=True)
+    if not done and (collective or state.is_main_process):
+        start = time.perf_counter()
+        result = work()
+        if state.is_main_process:
+            save_json(path, {"key": key, "seconds": time.perf_counter() - start, **result})
+    state.wait_for_everyone()
+    return load_json(path)  # type: ignore[no-any-return]
+
+
+class Bar(TrainerCallback):
+    """One progress bar a run, instead of a line a log."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        where = "/".join(Path(args.output_dir).parts[-3:])
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=where, leave=False, mininterval=2)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.bar.set_postfix({key: f"{logs[key]:.3f}" for key in ("loss", "eval_loss") if key in (logs or {})})
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+def fastest(grid: list[Any], target: float) -> list[Any] | None:
+    """(units, learning rate, steps) of the run of a grid that reaches `target` first."""
+    reached = [[units, lr, steps_to(curve, target)] for units, lr, curve in grid]
+    return min((entry for entry in reached if entry[2] is not None), key=lambda entry: entry[2], default=None)
+
+
+def portable(value: Any) -> Any:
+    """Absolute paths become their last part: results name no folder of the machine they were made on."""
+    if isinstance(value, dict):
+        return {key: portable(entry) for key, entry in value.items()}
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def final_loss(run: dict[str, Any]) -> float:
+    """The last validation loss of a run; infinite if it diverged."""
+    loss = float(run["eval"][-1][1])
+    return loss if loss == loss else float("inf")
+
+
+class Pipeline:
+    """The stages, in order, with what they share; a recipe fills in what the first methods leave open."""
+
+    name: str  # of the task, in logs
+    recipe: PipelineArguments
+    args: SL2OTrainingArguments
+    folder: Path
+    data: dict[str, Any]  # what identifies it, for the keys and the JSON
+    start: nn.Module  # at theta_0
+    key: str  # of everything that the stages depend on
+    arms: Mapping[str, Arm]
+    recorded_arm: str  # of the full space; its best run is the trajectory
+
+    def trainer_objects(self) -> dict[str, Any]:
+        """What the Trainer is given beside the model: datasets, collator, processing class, metrics, callbacks."""
+        raise NotImplementedError
+
+    def full_space(self, name: str, folder: Path, lr: float, seed: int) -> SL2OTrainingArguments:
+        """Arguments of a run of a full-space arm."""
+        raise NotImplementedError
+
+    def batches(self, seed: int, size: int) -> Iterator[Any]:
+        """Training batches for meta-training, endless."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """Mean loss of a batch, in meta-training."""
+        raise NotImplementedError
+
+    def eval_batches(self) -> Sequence[Any]:
+        """Held-out batches that choose the rule."""
+        raise NotImplementedError
+
+    def targets(self, runs: Mapping[str, Any]) -> dict[str, float]:
+        """Validation losses by name; the table says how many steps each arm needs to them."""
+        raise NotImplementedError
+
+    def begin(self, recipe: PipelineArguments, args: SL2OTrainingArguments, *identity: Any) -> None:
+        """Takes what the stages' keys hold: `identity` tells recipes, models and data apart."""
+        self.recipe, self.args, self.folder = recipe, args, Path(args.output_dir or "outputs")
+        self.recorded: dict[Path, tuple[float, float]] = {}  # validation loss and seconds
+        names = ("subspace", "dim", "lora_rank", "trajectory_steps", "snapshots", "trajectory_learning_rates")
+        weights = [float(p.detach().double().sum()) for p in self.start.parameters()]
+        self.key = stamp(
+            [getattr(recipe, name) for name in names],
+            identity,
+            {**training_settings(args), "max_steps": None},
+            weights,
+        )
+
+    def build_model(self) -> nn.Module:
+        return copy.deepcopy(self.start)
+
+    # One run of the Trainer
+
+    def arguments(self, folder: Path, optim: str, **changes: Any) -> SL2OTrainingArguments:
+        args = copy.copy(self.args)
+        args.output_dir, args.optim, args.optim_args = str(folder), OptimizerNames(optim), None
+        for name, value in changes.items():
+            setattr(args, name, value)
+        return args
+
+    def run(self, folder: Path, args: SL2OTrainingArguments, key: str, callbacks: Any = (), **objects: Any) -> Any:
+        """Trains unless `folder` has the result of the same settings; goes on from its last checkpoint otherwise."""
+        path, state = folder / "run.json", PartialState()
+        known = load_json(path) if path.is_file() else {}
+        if known.get("key") == key and "eval" in known:
+            return known
+        if state.is_main_process:
+            if known.get("key") != key and folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_json(path, {"key": key})
+        state.wait_for_everyone()
+        given = self.trainer_objects()
+        trainer = SL2OTrainer(
+            self.build_model(),
+            args,
+            callbacks=[*callbacks, *given.pop("callbacks", ()), Bar()],
+            **{**given, **objects},
+        )
+        trainer.remove_callback(PrinterCallback)
+        reset_peak()
+        start = time.perf_counter()
+        resume = last_complete_checkpoint(folder)
+        if resume is not None and steps_done(resume) >= args.max_steps:  # Trainer would add a step to a finished run
+            state.wait_for_everyone()
+            if state.is_main_process:
+                shutil.rmtree(resume)
+            state.wait_for_everyone()
+            resume = last_complete_checkpoint(folder)
+        trainer.train(resume_from_checkpoint=resume)
+        seconds = time.perf_counter() - start
+        history = trainer.state.log_history
+        evals = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+        accuracies = {entry["step"]: entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry}
+        tensors = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
+        sizes = {value.data_ptr(): value.nbytes for value in tensors if torch.is_tensor(value)}
+        result = {
+            "key": key,
+            "train_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+            "eval": sorted(map(list, evals.items())),
+            "accuracy": sorted(map(list, accuracies.items())),
+            "seconds": seconds,
+            "peak_bytes": peak_bytes(),
+            "state_bytes": sum(sizes.values()),
+        }
+        if state.is_main_process:
+            save_json(path, result)
+        state.wait_for_everyone()
+        return result
+
+    # Stages
+
+    def sample(self) -> tuple[Path, float]:
+        """Tunes the recorded arm in the full space; its run with the lowest validation loss is the trajectory."""
+        name, arm = self.recorded_arm, self.arms[self.recorded_arm]
+        tuned, best = self.tune(name, arm)
+        for seed in range(1, self.recipe.seeds):
+            self.one(name, arm, best, seed)
+        print(f"  {name}, full space, lr {best[1]:g}: validation loss {tuned[best]['eval'][-1][1]:.4f}", flush=True)
+        folder = min(self.recorded, key=lambda run: self.recorded[run][0])
+        return folder / "trajectory", self.recorded[folder][1]
+
+    def keep_best_trajectory(self, folder: Path, run: dict[str, Any]) -> None:
+        """Removes the snapshots of recorded runs that have been beaten: at real size they are most of the disk."""
+        self.recorded[folder] = final_loss(run), run["seconds"]
+        best = min(self.recorded, key=lambda run: self.recorded[run][0])
+        for other in self.recorded.keys() - {best}:
+            if PartialState().is_main_process:
+                shutil.rmtree(other / "trajectory", ignore_errors=True)
+
+    def extract(self, path: Path) -> dict[str, Any]:
+        trajectory = Trajectory(path)
+        large = trajectory.layout is not None and trajectory.layout.n > 20_000_000
+        basis = fit_basis(trajectory, self.recipe.dim, dtype=torch.bfloat16 if large else torch.float32)
+        basis.save_pretrained(self.folder / "basis")
+        share = basis.provenance["explained_variance"]
+        print(f"  {basis.dim} directions hold {100 * share:.3f} % of the trajectory's variance", flush=True)
+        return {"explained_variance": share, "bytes": basis.nbytes}
+
+    def load_basis(self) -> Basis:
+        layout = Layout.from_named_parameters(self.start.named_parameters())
+        if self.recipe.subspace == "lora":
+            return IdentityBasis(layout)
+        if self.recipe.subspace == "random":
+            return RandomBasis(layout, self.recipe.dim, seed=self.args.seed).to_dense()
+        return Basis.from_pretrained(self.folder / "basis")
+
+    def meta(self, basis: Basis, key: str) -> dict[str, Any]:
+        recipe, device = self.recipe, self.args.device
+        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        task = Task(
+            self.name,
+            build_model=lambda: self.build_model().to(device),
+            batches=lambda seed: self.batches(10_000 + seed, size),
+            loss=self.loss,
+            basis=basis,
+            eval_batches=self.eval_batches(),
+        )
+        lora = recipe.subspace == "lora"
+        scale = recipe.output_scale or (0.01 if lora else 1.0)
+        config = dataclasses.replace(
+            RuleConfig.preset("paper-transformer" if lora else "paper-cnn"), output_scale=scale
+        )
+        torch.manual_seed(self.args.seed)
+        rule: Rule = LSTMRule(config)
+        folder = self.folder / "rule" / key
+        meta_args = MetaTrainingArguments(
+            str(folder),
+            unroll_length=recipe.unroll_length,
+            inner_steps=recipe.inner_steps,
+            meta_epochs=recipe.meta_epochs,
+            eval_every=max(1, recipe.meta_epochs // 5),
+            seed=self.args.seed,
+            episodes_per_task=PartialState().num_processes,
+            use_cpu=self.args.use_cpu,
+        )
+        trainer = MetaTrainer(rule, meta_args, [task])
+        trainer.train()
+        provenance = {
+            "command": " ".join(["python", *map(portable, sys.argv)]),
+            "recipe": portable(dataclasses.asdict(recipe)),
+            "data": self.data,
+            "meta": {**dataclasses.asdict(meta_args), "output_dir": None},
+            "log": trainer.log_history,
+            "environment": environment(Path(__file__).parent),
+        }
+        if PartialState().is_main_process:
+            save_json(folder / "provenance.json", provenance)
+        trained = recipe.meta_epochs * recipe.inner_steps * meta_args.episodes_per_task
+        validations = sum("validation_loss" in entry for entry in trainer.log_history)
+        return {
+            "rule": str(folder.relative_to(self.folder)),
+            "steps": trained + validations * recipe.inner_steps,
+            "validation": [[e["meta_epoch"], e["validation_loss"]] for e in trainer.log_history if "best" in e],
+        }
+
+    def one(
+        self,
+        name: str,
+        arm: Arm,
+        choice: tuple[str, float],
+        seed: int,
+        basis: Basis | None = None,
+        rule: Rule | None = None,
+    ) -> Any:
+        """One run of an arm; the first seed's checkpoints are in OUTPUT/<arm>, the others' below."""
+        units, lr = choice
+        folder = self.folder / name / "runs" / f"{units}-{lr:g}-seed-{seed}"
+        if basis is None:  # the full space
+            args = self.full_space(name, folder, lr, seed)
+            if name != self.recorded_arm or not self.recipe.subspace.startswith("pca"):
+                return self.run(folder, args, stamp(self.key, name, choice, seed))
+            every = max(1, self.recipe.trajectory_steps // self.recipe.snapshots)
+            recorder = TrajectoryCallback(folder / "trajectory", every_steps=every, overwrite=True)
+            # `seeds` is in the key because the runs that are compared decide whose snapshots are kept
+            key = stamp(self.key, name, choice, seed, self.recipe.seeds)
+            result = self.run(folder, args, key, callbacks=[recorder])
+            self.keep_best_trajectory(folder, result)
+            return result
+        args = self.arguments(
+            folder, arm.optim, learning_rate=lr, sl2o_momentum=arm.momentum, seed=self.args.seed + seed
+        )
+        objects: dict[str, Any] = {"basis": basis.with_units(units)}
+        if arm.optim == "sl2o":
+            objects["rule"] = SymbolicRule() if name == "symbolic" else rule
+        used = {what: value.fingerprint for what, value in objects.items()}
+        return self.run(folder, args, stamp(self.key, training_settings(args), name, choice, seed, used), **objects)
+
+    def tune(self, name: str, arm: Arm, *objects: Any) -> tuple[dict[tuple[str, float], Any], tuple[str, float]]:
+        """Runs the arm's grid with the first seed; while the best one on validation is at an edge, the grid grows."""
+        recipe, grid = self.recipe, arm.grid or tuple(("full", lr) for lr in self.recipe.trajectory_learning_rates)
+        if recipe.quick_grid and arm.grid:
+            units = dict.fromkeys(unit for unit, _ in grid)
+            grid = tuple(choice for unit in units for choice in [c for c in grid if c[0] == unit][:2])
+        if recipe.subspace in ("lora", "random") and arm.grid:  # there both coordinates are the same
+            grid = tuple(dict.fromkeys(("orthonormal", lr) for _, lr in grid))
+        tuned = {choice: self.one(name, arm, choice, 0, *objects) for choice in grid}
+        while True:
+            best = min(tuned, key=lambda choice: final_loss(tuned[choice]))
+            rates = sorted(lr for units, lr in tuned if units == best[0])
+            if recipe.quick_grid or not arm.grid or not 1 < len(rates) < 8 or rates[0] < best[1] < rates[-1]:
+                return tuned, best
+            wider = best[1] * 10 ** (0.5 if best[1] == rates[-1] else -0.5)
+            choice = best[0], float(f"{wider:.1g}")
+            tuned[choice] = self.one(name, arm, choice, 0, *objects)
+
+    def train(self, basis: Basis, rule: Rule) -> dict[str, Any]:
+        """Tunes every arm on validation: a grid with the first seed, then its two best over all seeds."""
+        recipe, runs = self.recipe, {}
+        random = RandomBasis(basis.layout, min(recipe.dim, basis.layout.n), seed=self.args.seed + 1).to_dense()
+        redundant = {"lora": {"subspace_adamw"}, "random": {"random"}}.get(recipe.subspace, set())
+        for name, arm in self.arms.items():
+            if name in redundant or (recipe.arms and name not in recipe.arms):
+                continue
+            objects = {"learned": (basis, rule), "random": (random, rule), "none": ()}[arm.basis]
+            tuned, best = self.tune(name, arm, *objects)
+            # One seed may flatter a learning rate at the edge of stability: the two best meet again over all seeds.
+            finalists = sorted(tuned, key=lambda choice: final_loss(tuned[choice]))[:2] if arm.grid else [best]
+            runs_of = {
+                choice: [tuned[choice], *(self.one(name, arm, choice, i, *objects) for i in range(1, recipe.seeds))]
+                for choice in finalists
+            }
+            means = {choice: sum(map(final_loss, of)) / len(of) for choice, of in runs_of.items()}
+            best = min(means, key=lambda choice: means[choice])
+            seeds = runs_of[best]
+            self.publish(name, best)
+            evals = [run["eval"] for run in seeds]
+            runs[name] = {
+                "optim": arm.optim,
+                "units": best[0],
+                "learning_rate": best[1],
+                "grid": [[*choice, run["eval"]] for choice, run in tuned.items()],
+                "finalists": [[*choice, mean if mean < float("inf") else None] for choice, mean in means.items()],
+                "seeds": [self.args.seed + seed for seed in range(recipe.seeds)],
+                "train_loss": mean_curve([run["train_loss"] for run in seeds]),
+                "eval": mean_curve(evals),
+                "eval_per_seed": evals,
+                "accuracy_per_seed": [run["accuracy"] for run in seeds],
+                "final_eval_loss": sum(curve[-1][1] for curve in evals) / len(evals),
+                "seconds": sum(run["seconds"] for run in seeds) / len(seeds),
+                "peak_bytes": max(run["peak_bytes"] or 0 for run in seeds) or None,
+                "state_bytes": seeds[0]["state_bytes"],
+            }
+            print(
+                f"  {name}: {best[0]} lr {best[1]:g}, validation loss {runs[name]['final_eval_loss']:.4f}", flush=True
+            )
+        return runs
+
+    def publish(self, name: str, best: tuple[str, float]) -> None:
+        """Shows the chosen run's checkpoints as OUTPUT/<arm>/checkpoint-*."""
+        if PartialState().is_main_process:
+            for old in (self.folder / name).glob("checkpoint-*"):
+                old.unlink() if old.is_symlink() else shutil.rmtree(old)
+            chosen = self.folder / name / "runs" / f"{best[0]}-{best[1]:g}-seed-0"
+            for path in chosen.glob("checkpoint-*"):
+                shutil.copytree(path, self.folder / name / path.name)
+
+    def compare(self, runs: dict[str, Any], stages: dict[str, Any]) -> dict[str, Any]:
+        recipe = self.recipe
+        targets = self.targets(runs)
+        steps_to = {
+            name: {
+                "target": target,
+                "steps": {arm: mean_steps_to(run["eval_per_seed"], target) for arm, run in runs.items()},
+                # each arm at the learning rate of its grid that gets there first (first seed), not the chosen one
+                "fastest_of_grid": {arm: fastest(run["grid"], target) for arm, run in runs.items()},
+            }
+            for name, target in targets.items()
+        }
+        cost = {"trajectory": recipe.trajectory_steps if "sample" in stages else 0, "meta_training": 0}
+        cost["meta_training"] = stages["meta"]["steps"] if "meta" in stages else 0
+        selection = max(0, len(self.recorded) - 1) * recipe.trajectory_steps
+        amortised = {
+            "unit": "training steps",
+            **cost,
+            "total": sum(cost.values()),
+            "other_recorded_runs": selection,  # learning rates and seeds the trajectory was chosen from
+            "seconds": {name: entry["seconds"] for name, entry in stages.items()},
+        }
+        comparison = {
+            "recipe": portable(dataclasses.asdict(recipe)),
+            "data": self.data,
+            "training": training_settings(self.args),
+            "n": Layout.from_named_parameters(self.start.named_parameters()).n,
+            "runs": runs,
+            "steps_to": steps_to,
+            "amortised": amortised,
+            "meta_validation": stages.get("meta", {}).get("validation"),
+            "explained_variance": stages.get("extract", {}).get("explained_variance"),
+            "environment": environment(Path(__file__).parent),
+        }
+        save_json(self.folder / "comparison.json", comparison)
+        try:
+            plot(comparison, self.folder / "comparison.png")
+        except ImportError as error:
+            print(f"no figure: {error}")
+        return comparison
+
+    def main(self) -> dict[str, Any] | None:
+        recipe, stages = self.recipe, {}
+        if recipe.subspace.startswith("pca"):
+            # Training runs are collective: all processes take part, `stage` only keeps a result.
+            print("[sample]", flush=True)
+            trajectory, seconds = self.sample()
+            stages["sample"] = {"seconds": seconds}
+            key = stamp(self.key, trajectory.relative_to(self.folder), recipe.seeds)
+            stages["extract"] = stage(self.folder, "extract", key, lambda: self.extract(trajectory))
+        basis = self.load_basis()
+        if recipe.rule is None:
+            meta = ("meta_epochs", "inner_steps", "unroll_length", "output_scale")
+            processes = PartialState().num_processes  # an episode each
+            key = stamp(self.key, basis.fingerprint, [getattr(recipe, name) for name in meta], processes)
+            stages["meta"] = stage(self.folder, "meta", key, lambda: self.meta(basis, key), collective=True)
+            rule = Rule.from_pretrained(self.folder / stages["meta"]["rule"])
+            if recipe.save_rule and PartialState().is_main_process:
+                Path(recipe.save_rule).mkdir(parents=True, exist_ok=True)
+                for name in ("config.json", "model.safetensors", "README.md", "provenance.json"):
+                    shutil.copy(self.folder / stages["meta"]["rule"] / name, recipe.save_rule)
+        else:
+            rule = Rule.from_pretrained(recipe.rule)
+        print("[train]", flush=True)
+        runs = self.train(basis, rule)
+        if not PartialState().is_main_process:
+            return None
+        comparison = self.compare(runs, stages)
+        print(table(comparison) if comparison["steps_to"] else json.dumps({k: v["eval"] for k, v in runs.items()}))
+        cost, n = comparison["amortised"], comparison["n"]
+        print(
+            f"\n{n:,} parameters, d = {basis.dim}. Paid once, in training steps: trajectory {cost['trajectory']}, "
+            f"meta-training {cost['meta_training']}; extraction {cost['seconds'].get('extract', 0):.1f} s.\n"
+            f"Written: {self.folder / 'comparison.json'}, comparison.png, and checkpoints of each arm."
+        )
+        return comparison
