@@ -93,6 +93,7 @@ def subspace_task(name: str, data: str, folder: Path, dim: int = 40) -> Task:
 
 def full_space_loss(name: str, data: str, folder: Path, dim: int = 40) -> float:
     """Held-out loss at the end of the run that was recorded for `subspace_task`."""
+    name = name.partition("@")[0]
     problem = PROBLEMS[name](data)
     where = folder / f"{name}-{stamp(problem.learning_rate, problem.steps, dim, data == 'embedded')}"
     return float(load_json(where / "done.json")["full_space_loss"])

@@ -98,6 +98,8 @@ class Arm:
     grid: tuple[tuple[str, float], ...]
     momentum: float = 0.0
     basis: str = "learned"  # "learned", "random", "none"
+    make: Callable[[list[nn.Parameter], float], torch.optim.Optimizer] | None = None  # of the full space
+    decay_at: tuple[float, ...] = ()  # shares of the run after which the rate is a tenth; () is --lr_scheduler_type
 
 
 def grid(**learning_rates: tuple[float, ...]) -> tuple[tuple[str, float], ...]:
@@ -162,10 +164,37 @@ def portable(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
+def negated(curve: Sequence[Sequence[float]]) -> list[list[float]]:
+    """(step, -value): an accuracy as something to bring down."""
+    return [[step, -value] for step, value in curve]
+
+
 def final_loss(run: dict[str, Any]) -> float:
     """The last validation loss of a run; infinite if it diverged."""
     loss = float(run["eval"][-1][1])
     return loss if loss == loss else float("inf")
+
+
+class RecipeTrainer(SL2OTrainer):
+    """Makes its optimizer and schedule as an [`Arm`] says."""
+
+    arm = Arm("", ())
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.arm.make is None:
+            return super().create_optimizer(*args, **kwargs)  # type: ignore[no-any-return]
+        if self.optimizer is None:
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = self.arm.make(parameters, self.args.learning_rate)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if not self.arm.decay_at:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            milestones = [round(share * num_training_steps) for share in self.arm.decay_at]
+            self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer or self.optimizer, milestones)
+        return self.lr_scheduler
 
 
 class Pipeline:
@@ -180,6 +209,8 @@ class Pipeline:
     key: str  # of everything that the stages depend on
     arms: Mapping[str, Arm]
     recorded_arm: str  # of the full space; its best run is the trajectory
+    extra_rules: Mapping[str, Rule] = {}  # of arms that do not use the rule of the meta stage
+    recorded_share = 1.0  # of that run: snapshots are taken in it
 
     def trainer_objects(self) -> dict[str, Any]:
         """What the Trainer is given beside the model: datasets, collator, processing class, metrics, callbacks."""
@@ -204,6 +235,18 @@ class Pipeline:
     def targets(self, runs: Mapping[str, Any]) -> dict[str, float]:
         """Validation losses by name; the table says how many steps each arm needs to them."""
         raise NotImplementedError
+
+    def accuracy_targets(self, runs: Mapping[str, Any]) -> dict[str, float]:
+        """Accuracies by name, likewise."""
+        return {}
+
+    def meta_model(self) -> nn.Module:
+        """The model at theta_0, for meta-training."""
+        return self.build_model()
+
+    def judge(self, trainer: SL2OTrainer) -> dict[str, Any]:
+        """What is measured once, after a run."""
+        return {}
 
     def begin(self, recipe: PipelineArguments, args: SL2OTrainingArguments, *identity: Any) -> None:
         """Takes what the stages' keys hold: `identity` tells recipes, models and data apart."""
@@ -230,7 +273,9 @@ class Pipeline:
             setattr(args, name, value)
         return args
 
-    def run(self, folder: Path, args: SL2OTrainingArguments, key: str, callbacks: Any = (), **objects: Any) -> Any:
+    def run(
+        self, folder: Path, args: SL2OTrainingArguments, key: str, arm: Arm, callbacks: Any = (), **objects: Any
+    ) -> Any:
         """Trains unless `folder` has the result of the same settings; goes on from its last checkpoint otherwise."""
         path, state = folder / "run.json", PartialState()
         known = load_json(path) if path.is_file() else {}
@@ -243,12 +288,13 @@ class Pipeline:
             save_json(path, {"key": key})
         state.wait_for_everyone()
         given = self.trainer_objects()
-        trainer = SL2OTrainer(
+        trainer = RecipeTrainer(
             self.build_model(),
             args,
             callbacks=[*callbacks, *given.pop("callbacks", ()), Bar()],
             **{**given, **objects},
         )
+        trainer.arm = arm
         trainer.remove_callback(PrinterCallback)
         reset_peak()
         start = time.perf_counter()
@@ -274,6 +320,7 @@ class Pipeline:
             "seconds": seconds,
             "peak_bytes": peak_bytes(),
             "state_bytes": sum(sizes.values()),
+            **self.judge(trainer),
         }
         if state.is_main_process:
             save_json(path, result)
@@ -290,6 +337,9 @@ class Pipeline:
             self.one(name, arm, best, seed)
         print(f"  {name}, full space, lr {best[1]:g}: validation loss {tuned[best]['eval'][-1][1]:.4f}", flush=True)
         folder = min(self.recorded, key=lambda run: self.recorded[run][0])
+        if PartialState().is_main_process:
+            Trajectory(folder / "trajectory").forget_after(int(self.recorded_share * self.recipe.trajectory_steps))
+        PartialState().wait_for_everyone()
         return folder / "trajectory", self.recorded[folder][1]
 
     def keep_best_trajectory(self, folder: Path, run: dict[str, Any]) -> None:
@@ -317,17 +367,21 @@ class Pipeline:
             return RandomBasis(layout, self.recipe.dim, seed=self.args.seed).to_dense()
         return Basis.from_pretrained(self.folder / "basis")
 
-    def meta(self, basis: Basis, key: str) -> dict[str, Any]:
-        recipe, device = self.recipe, self.args.device
+    def task(self, basis: Basis) -> Task:
+        """The recipe's problem for meta-training, and for what runs outside the Trainer."""
+        device = self.args.device
         size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        task = Task(
+        return Task(
             self.name,
-            build_model=lambda: self.build_model().to(device),
+            build_model=lambda: self.meta_model().to(device),
             batches=lambda seed: self.batches(10_000 + seed, size),
             loss=self.loss,
             basis=basis,
             eval_batches=self.eval_batches(),
         )
+
+    def meta(self, basis: Basis, key: str) -> dict[str, Any]:
+        recipe = self.recipe
         lora = recipe.subspace == "lora"
         scale = recipe.output_scale or (0.01 if lora else 1.0)
         config = dataclasses.replace(
@@ -346,7 +400,7 @@ class Pipeline:
             episodes_per_task=PartialState().num_processes,
             use_cpu=self.args.use_cpu,
         )
-        trainer = MetaTrainer(rule, meta_args, [task])
+        trainer = MetaTrainer(rule, meta_args, [self.task(basis)])
         trainer.train()
         provenance = {
             "command": " ".join(["python", *map(portable, sys.argv)]),
@@ -381,12 +435,12 @@ class Pipeline:
         if basis is None:  # the full space
             args = self.full_space(name, folder, lr, seed)
             if name != self.recorded_arm or not self.recipe.subspace.startswith("pca"):
-                return self.run(folder, args, stamp(self.key, name, choice, seed))
-            every = max(1, self.recipe.trajectory_steps // self.recipe.snapshots)
+                return self.run(folder, args, stamp(self.key, name, choice, seed, str(arm.decay_at)), arm)
+            every = max(1, int(self.recorded_share * self.recipe.trajectory_steps) // self.recipe.snapshots)
             recorder = TrajectoryCallback(folder / "trajectory", every_steps=every, overwrite=True)
             # `seeds` is in the key because the runs that are compared decide whose snapshots are kept
             key = stamp(self.key, name, choice, seed, self.recipe.seeds)
-            result = self.run(folder, args, key, callbacks=[recorder])
+            result = self.run(folder, args, key, arm, callbacks=[recorder])
             self.keep_best_trajectory(folder, result)
             return result
         args = self.arguments(
@@ -394,9 +448,10 @@ class Pipeline:
         )
         objects: dict[str, Any] = {"basis": basis.with_units(units)}
         if arm.optim == "sl2o":
-            objects["rule"] = SymbolicRule() if name == "symbolic" else rule
+            objects["rule"] = SymbolicRule() if name == "symbolic" else self.extra_rules.get(name, rule)
         used = {what: value.fingerprint for what, value in objects.items()}
-        return self.run(folder, args, stamp(self.key, training_settings(args), name, choice, seed, used), **objects)
+        key = stamp(self.key, training_settings(args), name, choice, seed, used, arm.decay_at)
+        return self.run(folder, args, key, arm, **objects)
 
     def tune(self, name: str, arm: Arm, *objects: Any) -> tuple[dict[tuple[str, float], Any], tuple[str, float]]:
         """Runs the arm's grid with the first seed; while the best one on validation is at an edge, the grid grows."""
@@ -445,6 +500,7 @@ class Pipeline:
                 "finalists": [[*choice, mean if mean < float("inf") else None] for choice, mean in means.items()],
                 "seeds": [self.args.seed + seed for seed in range(recipe.seeds)],
                 "train_loss": mean_curve([run["train_loss"] for run in seeds]),
+                "train_loss_per_seed": [run["train_loss"] for run in seeds],
                 "eval": mean_curve(evals),
                 "eval_per_seed": evals,
                 "accuracy_per_seed": [run["accuracy"] for run in seeds],
@@ -453,6 +509,8 @@ class Pipeline:
                 "peak_bytes": max(run["peak_bytes"] or 0 for run in seeds) or None,
                 "state_bytes": seeds[0]["state_bytes"],
             }
+            if "test_accuracy" in seeds[0]:
+                runs[name]["test_accuracy_per_seed"] = [run["test_accuracy"] for run in seeds]
             print(
                 f"  {name}: {best[0]} lr {best[1]:g}, validation loss {runs[name]['final_eval_loss']:.4f}", flush=True
             )
@@ -479,6 +537,17 @@ class Pipeline:
             }
             for name, target in targets.items()
         }
+        levels = self.accuracy_targets(runs)
+        steps_to_accuracy = {
+            name: {
+                "target": level,
+                "steps": {
+                    arm: mean_steps_to([negated(curve) for curve in run["accuracy_per_seed"]], -level)
+                    for arm, run in runs.items()
+                },
+            }
+            for name, level in levels.items()
+        }
         cost = {"trajectory": recipe.trajectory_steps if "sample" in stages else 0, "meta_training": 0}
         cost["meta_training"] = stages["meta"]["steps"] if "meta" in stages else 0
         selection = max(0, len(self.recorded) - 1) * recipe.trajectory_steps
@@ -496,6 +565,7 @@ class Pipeline:
             "n": Layout.from_named_parameters(self.start.named_parameters()).n,
             "runs": runs,
             "steps_to": steps_to,
+            "steps_to_accuracy": steps_to_accuracy,
             "amortised": amortised,
             "meta_validation": stages.get("meta", {}).get("validation"),
             "explained_variance": stages.get("extract", {}).get("explained_variance"),

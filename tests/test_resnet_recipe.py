@@ -1,0 +1,117 @@
+"""recipes/resnet_cifar.py at toy size: all stages and arms, restarts, the paper's rates, P-BFGS, bad flags."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.optimize
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from hf_sl2o import IdentityBasis, Layout, Task
+from recipes import resnet_cifar
+from recipes.networks import Classifier, resnet8
+from recipes.p_bfgs import bfgs_update, p_bfgs
+
+SMALL = """--train_rows 256 --validation_rows 64 --eval_rows 64 --trajectory_steps 20 --snapshots 12 --dim 4
+--meta_epochs 1 --inner_steps 10 --max_steps 4 --eval_steps 2 --logging_steps 2 --save_steps 2 --quick_grid
+--per_device_train_batch_size 32 --use_cpu --seeds 2""".split()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resnet")
+    return folder, resnet_cifar.main([*SMALL, "--baselines", "paper", "--output_dir", str(folder)])
+
+
+def test_all_arms_of_the_paper_with_their_printed_rates(finished):
+    folder, result = finished
+    runs = result["runs"]
+    assert set(runs) == {*resnet_cifar.PAPER, "sl2o_default"}
+    printed = {"sgd": 0.1, "momentum": 0.1, "adam": 1e-3, "rmsprop": 0.01, "subspace_sgd": 1, "subspace_momentum": 1}
+    for name, lr in printed.items():
+        assert runs[name]["learning_rate"] == lr
+    for name, run in runs.items():
+        assert [step for step, _ in run["eval"]][-1] == (20 if name in ("sgd", "momentum", "adam", "rmsprop") else 4)
+        assert len(run["accuracy_per_seed"]) == len(run["test_accuracy_per_seed"]) == 2, name
+        assert all(0 <= value <= 1 for value in run["test_accuracy_per_seed"])
+        assert run["eval"][0][0] == 0
+    first = [run["eval"][0][1] for run in runs.values()]
+    assert max(first) - min(first) < 1e-5  # the same weights, the same BatchNorm statistics
+    assert set(result["steps_to_accuracy"]) == {"momentum_best", "momentum_best_less_0.1_points"}
+    assert result["amortised"]["trajectory"] == 20 and result["amortised"]["meta_training"] == 10 * (1 + 2)
+    assert (folder / "comparison.png").stat().st_size > 10_000
+    saved = load_file(folder / "sl2o" / "checkpoint-4" / "model.safetensors")
+    network = Classifier(resnet8())
+    network.load_state_dict(saved)
+    assert saved["network.norm.num_batches_tracked"] == 8  # recalibrated on eight batches, nothing older
+
+
+def test_a_second_start_runs_nothing_again(finished, monkeypatch):
+    folder, result = finished
+    monkeypatch.setattr(resnet_cifar.SL2OTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr(resnet_cifar, "p_bfgs", lambda *args, **kwargs: pytest.fail("trained again"))
+    again = resnet_cifar.main([*SMALL, "--baselines", "paper", "--output_dir", str(folder)])
+    assert again["runs"] == result["runs"]
+
+
+def test_the_rate_falls_after_the_printed_shares_and_a_resumed_run_is_the_same(tmp_path, finished):
+    folder, _ = finished
+    state = json.loads((folder / "momentum" / "checkpoint-20" / "trainer_state.json").read_text())
+    rates = {entry["step"]: entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry}
+    assert rates[10] == pytest.approx(0.1) and rates[12] == pytest.approx(0.01) and rates[16] == pytest.approx(0.001)
+
+
+def test_bfgs_update_satisfies_the_secant_equation_and_stays_positive():
+    generator = torch.Generator().manual_seed(0)
+    h = torch.eye(5, dtype=torch.float64)
+    for _ in range(4):
+        s, y = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+        updated = bfgs_update(h, s, y)
+        if torch.dot(s, y) > 0:
+            torch.testing.assert_close(updated @ y, s)
+            assert torch.linalg.eigvalsh(updated).min() > 0
+        else:
+            assert updated is h
+        h = updated
+
+
+def test_p_bfgs_minimises_a_quadratic_as_scipy_does():
+    generator = torch.Generator().manual_seed(1)
+    root = torch.randn(6, 6, generator=generator)
+    matrix, target = root @ root.T + 0.1 * torch.eye(6), torch.randn(6, generator=generator)
+
+    class Point(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.x = nn.Parameter(torch.zeros(6))
+
+    def loss(model, batch):
+        x = model.x - target
+        return 0.5 * x @ matrix @ x
+
+    basis = IdentityBasis(Layout.from_named_parameters(Point().named_parameters()))
+    task = Task("quadratic", Point, lambda seed: [0] * 60, loss, basis, [0])
+    found = p_bfgs(task, 40, evaluate_at={0, 40})
+    a, b = matrix.double().numpy(), target.double().numpy()
+    expected = scipy.optimize.minimize(lambda x: 0.5 * (x - b) @ a @ (x - b), np.zeros(6), method="BFGS")
+    np.testing.assert_allclose(found["model"].x.detach().numpy(), expected.x, atol=1e-3)
+    assert found["eval"][1][1] < 1e-5 < found["eval"][0][1] and found["forward_passes"] >= 40
+    assert found["train_loss"][:10] == sorted(found["train_loss"][:10], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "resnet9"], "--model is 'resnet9', expected one of resnet8"),
+        (["--baselines", "best"], "--baselines is 'best', expected paper or tuned"),
+        (["--subspace", "lora"], "LoRA has no convolutions"),
+        (["--train_rows", "10"], "10 are left, fewer than a batch of 32"),
+        (["--num_classes", "100"], "the embedded images have 10 classes"),
+        (["--rules", "nothing-there"], "nothing-there"),
+    ],
+)
+def test_bad_flags(tmp_path, flags, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        resnet_cifar.main([*SMALL, "--output_dir", str(tmp_path), *flags])
