@@ -18,6 +18,7 @@ from hf_sl2o import (
     Rule,
     RuleConfig,
     SecondOrder,
+    SubspaceOptimizer,
     Task,
     train_on,
     unroll,
@@ -216,3 +217,27 @@ def test_second_order_equals_finite_differences_and_all_estimators_see_the_same_
         numeric = (ends[0] - ends[1]) / (2 * step)
         assert abs(numeric) > 1e-8
         np.testing.assert_allclose(exact.gradients[0][index].item(), numeric, rtol=1e-4)
+
+
+def test_an_identity_basis_equals_the_rule_on_the_parameters():
+    def train(make):
+        model = build().float()
+        optimizer = make(model)
+        for x in batches(3)[:6]:
+            model.zero_grad()
+            (model(x.float()) - x[:, :1].float()).square().mean().backward()
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def in_basis(model):
+        basis = IdentityBasis(Layout.from_named_parameters(model.named_parameters()))
+        return SubspaceOptimizer(model.named_parameters(), basis, small_rule())
+
+    def as_one_tensor(model):
+        optimizer = in_basis(model)
+        optimizer.inner.tensor_sizes = None
+        return optimizer
+
+    expected = train(lambda model: LearnedOptimizer(model.parameters(), small_rule()))
+    torch.testing.assert_close(train(in_basis), expected, rtol=1e-4, atol=1e-6)
+    assert (train(as_one_tensor) - expected).abs().max() > 1e-3  # the break

@@ -81,6 +81,8 @@ class LearnedOptimizer(Optimizer):
             "rule_fingerprint": rule.fingerprint,
         }
         self.rule = rule
+        #: Sizes of the tensors that each parameter holds, where it is several in one (coefficients of an identity).
+        self.tensor_sizes: list[int] | None = None
         self._reset()
         super().__init__(params, defaults)
         device = self.param_groups[0]["params"][0].device
@@ -91,7 +93,7 @@ class LearnedOptimizer(Optimizer):
         self._non_finite = NonFiniteGuard()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "rule": self.rule}
+        return {**super().__getstate__(), "rule": self.rule, "tensor_sizes": self.tensor_sizes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -175,7 +177,8 @@ class LearnedOptimizer(Optimizer):
         finite = torch.isfinite(g).all()  # ()
         self._non_finite.record(finite)
         options = {name: group[name] for name in ("betas", "eps", "total_steps")}
-        self.rule.update_(g, state, finite=finite, sizes=[p.numel() for p in params], **options)
+        sizes = [size for p in params for size in self.tensor_sizes or [p.numel()]]
+        self.rule.update_(g, state, finite=finite, sizes=sizes, **options)
         lr = group["lr"]
         offset = 0
         for p in params:
