@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +232,7 @@ class ImageSet(torch.utils.data.Dataset[Any]):
         images (`torch.Tensor` of shape `(N, 3, 32, 32)`, uint8), labels (`torch.Tensor` of shape `(N,)`): The data.
         augment (`bool`): Random crops and flips.
         seed (`int`, *optional*, defaults to 0): Of those.
+        prepare (`Callable`, *optional*): Maps uint8 images to the model's input; by default [`normalize`].
 
     Example:
 
@@ -243,11 +244,20 @@ class ImageSet(torch.utils.data.Dataset[Any]):
     ```
     """
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor, *, augment: bool, seed: int = 0) -> None:
+    def __init__(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        augment: bool,
+        seed: int = 0,
+        prepare: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         if not len(images):
             raise ValueError("the split is empty; give at least one image")
         self.images = F.pad(images, (MARGIN, MARGIN, MARGIN, MARGIN)) if augment else images
         self.labels, self.augment, self.seed, self.epoch = labels, augment, seed, 0
+        self.prepare = normalize if prepare is None else prepare
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -258,10 +268,10 @@ class ImageSet(torch.utils.data.Dataset[Any]):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
         chosen = torch.as_tensor(indices)
         if not self.augment:
-            return {"pixel_values": normalize(self.images[chosen]), "labels": self.labels[chosen]}
+            return {"pixel_values": self.prepare(self.images[chosen]), "labels": self.labels[chosen]}
         bits = mixed(chosen + 1_000_003 * (self.epoch + 1_009 * self.seed))
         cut = cut_and_flip(self.images, chosen, bits % 9, bits // 9 % 9, bits // 81 % 2 == 1)
-        return {"pixel_values": normalize(cut), "labels": self.labels[chosen]}
+        return {"pixel_values": self.prepare(cut), "labels": self.labels[chosen]}
 
 
 def as_is(batch: Any) -> Any:

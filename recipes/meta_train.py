@@ -47,7 +47,9 @@ PAPER: dict[str, Any] = {
 OURS: dict[str, Any] = {
     "inner_steps": 200,
     "unroll_length": 20,
-    "meta_epochs": 16,
+    "meta_epochs": 40,
+    "meta_loss": "log",
+    "curriculum": [100, 400, 200],  # the rule sees the share of a run that is done: runs of several lengths
     "eval_every": 2,
     "lr_scheduler_type": "linear",  # what the Trainer does where nobody says otherwise
     "meta_lr_scheduler_type": "cosine",
@@ -55,8 +57,8 @@ OURS: dict[str, Any] = {
 }
 PLANS = {
     "default": Plan(
-        RuleConfig(tensor_scale=True),
-        ("quadratic", "teacher", "teacher@8", "digits-mlp", "digits-mlp@8", "e2e-gpt2"),
+        RuleConfig(tensor_scale=True, progress=True),
+        ("quadratic", "teacher", "teacher@8", "digits-mlp", "digits-mlp@8", "e2e-gpt2@8"),
         {**OURS, "random_scaling": 0.5},
     ),
     "default-lora": Plan(
@@ -91,7 +93,7 @@ class MetaTrainArguments:
     lr_scheduler_type: str | None = field(default=None, metadata={"help": "Instead of the plan's: linear, constant."})
     output_scale: float | None = field(default=None, metadata={"help": "Instead of the plan's."})
     momenta: list[float] = field(default_factory=list, metadata={"help": "Further momenta the rule sees."})
-    progress: bool = field(default=False, metadata={"help": "The rule sees the share of the run that is done."})
+    progress: bool | None = field(default=None, metadata={"help": "Instead of the plan's: it sees what is done."})
     tensor_scale: bool | None = field(default=None, metadata={"help": "Instead of the plan's: it sees g / s too."})
     meta_loss: str | None = field(default=None, metadata={"help": "Instead of the plan's: sum, log."})
     seed: int = field(default=0, metadata={"help": "Of the fresh rule, batches and dropout."})
@@ -111,6 +113,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for name in ("meta_epochs", "inner_steps", "unroll_length", "random_scaling", "lr_scheduler_type", "meta_loss"):
         if getattr(options, name) is not None:
             settings[name] = getattr(options, name)
+    if options.inner_steps is not None:
+        settings["curriculum"] = []
     args = MetaTrainingArguments(
         str(folder / (options.name or options.rule)),
         meta_learning_rate=options.meta_learning_rate,
@@ -120,8 +124,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         disable_tqdm=options.disable_tqdm,
         **settings,
     )
-    changes: dict[str, Any] = {"momenta": tuple(options.momenta), "progress": options.progress}
-    for name in ("output_scale", "tensor_scale"):
+    changes: dict[str, Any] = {"momenta": tuple(options.momenta)}
+    for name in ("output_scale", "tensor_scale", "progress"):
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
     torch.manual_seed(args.seed)

@@ -70,7 +70,7 @@ class PipelineArguments:
     unroll_length: int = field(default=10, metadata={"help": "T."})
     output_scale: float | None = field(
         default=None,
-        metadata={"help": "Of the rule, in units of the coordinates; default: 1 in a basis, 0.01 in lora."},
+        metadata={"help": "Of the rule, in units of the coordinates; default: 1 in a basis, the recipe's in lora."},
     )
     rule: str | None = field(default=None, metadata={"help": "Use this rule instead of meta-training one."})
     save_rule: str | None = field(default=None, metadata={"help": "Keep the rule here, with how it was made."})
@@ -244,6 +244,12 @@ class Pipeline:
         """The model at theta_0, for meta-training."""
         return self.build_model()
 
+    def rule_config(self) -> RuleConfig:
+        """Of the rule that the meta stage trains."""
+        if self.recipe.subspace == "lora":
+            return dataclasses.replace(RuleConfig.preset("paper-transformer"), output_scale=0.01)
+        return RuleConfig.preset("paper-cnn")
+
     def judge(self, trainer: SL2OTrainer) -> dict[str, Any]:
         """What is measured once, after a run."""
         return {}
@@ -382,11 +388,9 @@ class Pipeline:
 
     def meta(self, basis: Basis, key: str) -> dict[str, Any]:
         recipe = self.recipe
-        lora = recipe.subspace == "lora"
-        scale = recipe.output_scale or (0.01 if lora else 1.0)
-        config = dataclasses.replace(
-            RuleConfig.preset("paper-transformer" if lora else "paper-cnn"), output_scale=scale
-        )
+        config = self.rule_config()
+        if recipe.output_scale is not None:
+            config = dataclasses.replace(config, output_scale=recipe.output_scale)
         torch.manual_seed(self.args.seed)
         rule: Rule = LSTMRule(config)
         folder = self.folder / "rule" / key

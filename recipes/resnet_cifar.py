@@ -14,24 +14,23 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from cifar_data import ImageSet, as_is, batches, load_cifar, normalize
+from cifar_data import ImageSet
+from cifar_pipeline import TRAINER_DEFAULTS, CifarArguments, CifarPipeline
 from networks import Classifier, mobilenet_v2, resnet8, resnet18, resnet20, vgg16
 from p_bfgs import p_bfgs
-from pipeline import Arm, Pipeline, PipelineArguments, grid, stamp
+from pipeline import Arm, grid, stamp
 from problems import with_batch_statistics
 from torch import nn
-from transformers import HfArgumentParser, TrainerCallback
+from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from hf_sl2o import Basis, BatchNormCallback, Rule, SL2OTrainer, SL2OTrainingArguments, recalibrate_batch_norm
+from hf_sl2o import Basis, BatchNormCallback, SL2OTrainingArguments, recalibrate_batch_norm
 from hf_sl2o.files import load_json, save_json
-from hf_sl2o.registry import SHIPPED_RULES
 
 MODELS = {
     "resnet8": resnet8, "resnet18": resnet18, "resnet20": resnet20, "vgg16": vgg16, "mobilenetv2": mobilenet_v2,
@@ -76,24 +75,15 @@ TUNED: dict[str, Arm] = {
     "p_bfgs": Arm("p_bfgs", grid(orthonormal=(1.0,))),
     "random": Arm("subspace_adamw", grid(orthonormal=(1.0, 3.0)), basis="random"),
 }
-IN_SUBSPACE = ("subspace_sgd", "subspace_momentum", "subspace_adamw")
 
 
 @dataclass
-class RecipeArguments(PipelineArguments):
+class RecipeArguments(CifarArguments):
     """What the recipe adds to the flags of the Trainer."""
 
-    data: str = field(default="embedded", metadata={"help": "embedded, hub, or a folder with the parquet files."})
     model: str = field(default="resnet8", metadata={"help": f"One of {', '.join(MODELS)}."})
-    num_classes: int = field(default=10, metadata={"help": "10 (CIFAR-10) or 100 (CIFAR-100)."})
     baselines: str = field(default="tuned", metadata={"help": "tuned, or paper: the printed rates and schedules."})
-    rules: list[str] = field(
-        default_factory=lambda: ["default"],
-        metadata={"help": "Further rules, unchanged: names of shipped ones, or NAME=PATH; an arm sl2o_NAME each."},
-    )
     trajectory_steps: int = field(default=39_100, metadata={"help": "Of the full space (the paper: 100 epochs)."})
-    validation_rows: int = field(default=5000, metadata={"help": "Last so many rows of the training split."})
-    eval_rows: int = field(default=10_000, metadata={"help": "Rows of the test split."})
 
     known_arms: ClassVar[Mapping[str, Arm]] = {**PAPER, "sl2o_default": PAPER["sl2o"]}
 
@@ -111,113 +101,31 @@ class RecipeArguments(PipelineArguments):
             self.train_rows = self.train_rows or 5000
 
 
-class Epoch(TrainerCallback):
-    """Tells the training set which epoch it is, on which its crops depend."""
-
-    def __init__(self, images: ImageSet) -> None:
-        self.images = images
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.images.epoch = int(state.epoch or 0)
-
-
-def accuracy(prediction: Any) -> dict[str, float]:
-    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
-
-
-class Recipe(Pipeline):
-    """CIFAR and its networks for the stages."""
+class Recipe(CifarPipeline):
+    """Convolutional networks for the stages."""
 
     recorded_arm, recorded_share = "sgd", 0.6  # 60 epochs of 100
+    peak_of = "momentum"
 
     def __init__(self, recipe: RecipeArguments, args: SL2OTrainingArguments) -> None:
-        rows = None if recipe.train_rows is None else recipe.train_rows + recipe.validation_rows
-        images, labels = load_cifar(recipe.data, "train", rows, num_classes=recipe.num_classes)
-        cut = len(images) - recipe.validation_rows
-        if cut < args.per_device_train_batch_size:
-            raise ValueError(
-                f"the training split has {len(images)} rows and --validation_rows takes {recipe.validation_rows}: "
-                f"{max(cut, 0)} are left, fewer than a batch of {args.per_device_train_batch_size}"
-            )
-        self.train_rows = images[:cut], labels[:cut]
-        self.train_set = ImageSet(*self.train_rows, augment=True, seed=args.seed)
-        self.validation_set = ImageSet(images[cut:], labels[cut:], augment=False)
-        self.test_rows = load_cifar(recipe.data, "test", recipe.eval_rows, num_classes=recipe.num_classes)
-        self.test_set = ImageSet(*self.test_rows, augment=False)
-        self.data = {
-            "train": {"rows": cut, "fingerprint": stamp(images.sum().item(), labels.sum().item())},
-            "validation": {"rows": recipe.validation_rows},
-            "test": {"rows": len(self.test_set)},
-        }
+        self.load(recipe, args)
         torch.manual_seed(args.seed)
         self.start = Classifier(MODELS[recipe.model](recipe.num_classes))
         self.name = recipe.model
-        self.extra_rules = {}
-        for given in recipe.rules:
-            name, _, path = given.rpartition("=")
-            self.extra_rules[f"sl2o_{name or path}"] = Rule.from_pretrained(
-                path if name or Path(path).exists() else SHIPPED_RULES / path
-            )
         arms = PAPER if recipe.baselines == "paper" else TUNED
         self.arms = {**arms, **{name: arms["sl2o"] for name in self.extra_rules}}
-        size = args.per_device_train_batch_size
-        still = [
-            self.train_set.__getitems__(range(i, i + size)) for i in range(0, min(10 * size, cut - size + 1), size)
-        ]
+        size, rows = args.per_device_train_batch_size, len(self.train_set)
+        starts = range(0, min(10 * size, rows - size + 1), size)  # at most ten batches for BatchNorm, always the same
+        still = [self.train_set.__getitems__(range(i, i + size)) for i in starts]
         self.still = [{"pixel_values": batch["pixel_values"]} for batch in still]
         self.begin(recipe, args, recipe.model, recipe.num_classes, recipe.baselines, self.data)
 
-    # What the stages ask for
-
     def trainer_objects(self) -> dict[str, Any]:
-        return {
-            "train_dataset": self.train_set,
-            "eval_dataset": self.validation_set,
-            "data_collator": as_is,
-            "compute_metrics": accuracy,
-            "callbacks": [Epoch(self.train_set), BatchNormCallback(self.still)],
-        }
-
-    def full_space(self, name: str, folder: Path, lr: float, seed: int) -> SL2OTrainingArguments:
-        steps = self.recipe.trajectory_steps
-        every = max(self.args.eval_steps, steps // 60)
-        return self.arguments(
-            folder, self.arms[name].optim, learning_rate=lr, max_steps=steps, eval_steps=every,
-            logging_steps=every, seed=self.args.seed + seed,
-        )  # fmt: skip
-
-    def judge(self, trainer: SL2OTrainer) -> dict[str, Any]:
-        metrics = trainer.evaluate(self.test_set, metric_key_prefix="test")  # type: ignore[arg-type]
-        return {"test_accuracy": metrics["test_accuracy"]}
+        objects = super().trainer_objects()
+        return {**objects, "callbacks": [*objects["callbacks"], BatchNormCallback(self.still)]}
 
     def meta_model(self) -> nn.Module:
         return with_batch_statistics(self.build_model)()
-
-    def batches(self, seed: int, size: int) -> Iterator[Any]:
-        return batches(*self.train_rows, size, seed)
-
-    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        pixels, labels = (part.to(self.args.device) for part in batch)
-        with torch.autocast(self.args.device.type, dtype=torch.bfloat16, enabled=self.args.bf16):
-            return model(pixels, labels)["loss"]  # type: ignore[no-any-return]
-
-    def eval_batches(self) -> Sequence[Any]:
-        held = self.validation_set
-        return [
-            (normalize(held.images[i : i + 500]), held.labels[i : i + 500])
-            for i in range(0, min(1000, len(held)), 500)
-        ]
-
-    def targets(self, runs: Mapping[str, Any]) -> dict[str, float]:
-        best = [runs[name]["final_eval_loss"] for name in IN_SUBSPACE if name in runs]
-        return {"best_in_subspace": 1.01 * min(best)} if best else {}
-
-    def accuracy_targets(self, runs: Mapping[str, Any]) -> dict[str, float]:
-        if "momentum" not in runs:
-            return {}
-        peaks = [max(value for _, value in curve) for curve in runs["momentum"]["accuracy_per_seed"]]
-        best = sum(peaks) / len(peaks)
-        return {"momentum_best": best, "momentum_best_less_0.1_points": best - 0.001}
 
     # P-BFGS does not fit into a Trainer: its line search evaluates a batch several times
 
@@ -271,26 +179,7 @@ class Recipe(Pipeline):
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     parser = HfArgumentParser((RecipeArguments, SL2OTrainingArguments))  # type: ignore[arg-type]
-    parser.set_defaults(
-        output_dir="outputs/resnet_cifar",
-        max_steps=1000,
-        learning_rate=1.0,
-        per_device_train_batch_size=128,
-        per_device_eval_batch_size=500,
-        eval_strategy="steps",
-        eval_steps=20,
-        logging_steps=20,
-        logging_first_step=True,
-        eval_on_start=True,
-        lr_scheduler_type="linear",
-        save_total_limit=1,
-        save_steps=500,
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        label_names=["labels"],
-    )
+    parser.set_defaults(output_dir="outputs/resnet_cifar", **TRAINER_DEFAULTS)
     if "--demo" in (argv or sys.argv):
         parser.set_defaults(max_steps=60, eval_steps=10, logging_steps=10)
     disable_progress_bar()

@@ -19,12 +19,13 @@ from hf_sl2o.comparison import environment
 from hf_sl2o.files import save_json
 
 VARIANTS: dict[str, list[str]] = {
-    "plan": [],
-    "momenta 0.5 and 0.99": ["--momenta", "0.5", "0.99"],
-    "progress": ["--progress"],
-    "constant learning rate": ["--lr_scheduler_type", "constant"],
-    "constant learning rate, progress": ["--lr_scheduler_type", "constant", "--progress"],
-    "no random scaling": ["--random_scaling", "0"],
+    "plan: scale of the tensor, progress": [],
+    "no scale of the tensor": ["--tensor_scale", "False"],
+    "no progress": ["--progress", "False"],
+    "neither": ["--tensor_scale", "False", "--progress", "False"],
+    "plan, momenta 0.5 and 0.99": ["--momenta", "0.5", "0.99"],
+    "plan, sum of losses": ["--meta_loss", "sum"],
+    "plan, no random scaling": ["--random_scaling", "0"],
 }
 
 
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options, rest = parser.parse_known_args(argv)
     rows = []
     for variant in options.variants:
-        if variant == "no random scaling" and not meta_train.PLANS[options.rule].settings.get("random_scaling"):
+        if variant == "plan, no random scaling" and not meta_train.PLANS[options.rule].settings.get("random_scaling"):
             continue
         results = []
         for seed in range(options.seeds):

@@ -1,0 +1,256 @@
+"""Trains ViT-B on ImageNet from scratch in a PCA subspace (supplement, 2.4), beside Momentum there and AdamW.
+
+    accelerate launch recipes/vit_imagenet.py --data PATH --bf16   # PATH/train/CLASS/*.jpg, PATH/validation/CLASS/*
+    accelerate launch recipes/vit_imagenet.py --data hub --bf16    # streams ILSVRC/imagenet-1k (ask for access first)
+    python recipes/vit_imagenet.py --data PATH --model small --image_size 32 --trajectory_steps 400   # two cores
+
+The table is of --max_steps steps, 2,000 by default as in the supplement. The Hub's stream is of a split that is not
+shuffled as a whole: a buffer of --shuffle_buffer images is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import random
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from cifar_pipeline import TRAINER_DEFAULTS, accuracy, load_rules
+from PIL import Image
+from pipeline import Arm, Pipeline, PipelineArguments, grid
+from torch import nn
+from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification
+from transformers.utils.logging import disable_progress_bar
+
+from hf_sl2o import SL2OTrainingArguments
+
+SIZES = {"vit-base": (768, 12, 12, 16), "small": (64, 4, 4, 4)}  # width, layers, heads, pixels of a patch
+
+ARMS: dict[str, Arm] = {
+    "sl2o": Arm("sl2o", grid(std=(1.0,))),
+    "subspace_momentum": Arm("subspace_sgd", grid(orthonormal=(1.0, 0.3), std=(0.1, 0.03)), momentum=0.9),
+    "subspace_adamw": Arm("subspace_adamw", grid(std=(0.1, 0.3, 0.03))),
+    "adamw": Arm("adamw_torch", (), basis="none"),
+}
+
+
+@dataclass
+class RecipeArguments(PipelineArguments):
+    """What the recipe adds to the flags of the Trainer."""
+
+    data: str = field(default="hub", metadata={"help": "A folder with train/CLASS/* and validation/CLASS/*, or hub."})
+    model: str = field(default="vit-base", metadata={"help": f"One of {', '.join(SIZES)}."})
+    image_size: int = field(default=224, metadata={"help": "Pixels on a side."})
+    trajectory_steps: int = field(default=100_000, metadata={"help": "Steps of the AdamW run that is recorded."})
+    trajectory_learning_rates: list[float] = field(default_factory=lambda: [1e-3], metadata={"help": "Of that run."})
+    eval_rows: int = field(default=10_000, metadata={"help": "Rows of the validation split."})
+    shuffle_buffer: int = field(default=10_000, metadata={"help": "Images that are shuffled at a time, of a stream."})
+    rules: list[str] = field(
+        default_factory=lambda: ["default"], metadata={"help": "Further rules, unchanged: NAME=PATH, or shipped ones."}
+    )
+
+    known_arms: ClassVar[Mapping[str, Arm]] = {**ARMS, "sl2o_default": ARMS["sl2o"]}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model not in SIZES:
+            raise ValueError(f"--model is {self.model!r}, expected one of {', '.join(SIZES)}")
+        if self.subspace != "pca-full":
+            raise ValueError(f"--subspace is {self.subspace!r}, expected pca-full: there are no adapters here")
+        if self.image_size % SIZES[self.model][3]:
+            raise ValueError(
+                f"--image_size is {self.image_size}, expected a multiple of the patch, {SIZES[self.model][3]} pixels"
+            )
+
+
+def pixels(image: Image.Image, size: int, chance: random.Random | None) -> torch.Tensor:
+    """Maps an image to `(3, size, size)` in [-1, 1]: a random crop and flip, or the middle for evaluation."""
+    image = image.convert("RGB")
+    width, height = image.size
+    if chance is None:
+        side = 0.875 * min(width, height)
+        box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+    else:
+        area, ratio = chance.uniform(0.25, 1.0) * width * height, chance.uniform(3 / 4, 4 / 3)
+        w, h = min(width, (area * ratio) ** 0.5), min(height, (area / ratio) ** 0.5)
+        left, top = chance.uniform(0, width - w), chance.uniform(0, height - h)
+        box = (left, top, left + w, top + h)
+    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(size, size, 3).permute(2, 0, 1)
+    values = values.flip(2) if chance is not None and chance.random() < 0.5 else values
+    return values.float() / 127.5 - 1
+
+
+class Pictures(torch.utils.data.Dataset[Any]):
+    """Rows of an image folder as the model takes them; crops follow from the seed and the row.
+
+    Args:
+        rows (`datasets.Dataset`): Columns `image` and `label`.
+        size (`int`): Pixels on a side.
+        seed (`int`, *optional*): Of random crops; None: the middle.
+    """
+
+    def __init__(self, rows: Any, size: int, seed: int | None) -> None:
+        self.rows, self.size, self.seed = rows, size, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        chance = None if self.seed is None else random.Random(f"{self.seed}-{index}")
+        return {"pixel_values": pixels(row["image"], self.size, chance), "labels": row["label"]}
+
+
+def image_folder(folder: str) -> dict[str, Any]:
+    """Returns the splits of an image folder.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: no such folder, a split without classes or images, or with other classes.
+    """
+    from datasets import load_dataset
+
+    classes: list[str] | None = None
+    for split in ("train", "validation"):
+        where = Path(folder) / split
+        if not where.is_dir():
+            raise FileNotFoundError(
+                f"--data {folder}: looked for the folder {where} and found none; give hub, or a folder with "
+                "train/CLASS/* and validation/CLASS/*"
+            )
+        found = sorted(path.name for path in where.iterdir() if path.is_dir())
+        if not found:
+            raise ValueError(
+                f"{where} has no folders, and so no classes; put the images of each class into a folder of its own"
+            )
+        if classes is not None and found != classes:
+            raise ValueError(
+                f"{where} has the classes {found[:5]}, train has {classes[:5]}; give both splits the same ones"
+            )
+        classes = found
+        if not any(path.is_file() for path in where.rglob("*")):
+            raise ValueError(f"{where} holds no images; expected some in each of its {len(found)} classes")
+    return dict(load_dataset("imagefolder", data_dir=folder))
+
+
+class Recipe(Pipeline):
+    """ImageNet and ViT for the stages."""
+
+    name, recorded_arm = "vit", "adamw"
+
+    def __init__(self, recipe: RecipeArguments, args: SL2OTrainingArguments) -> None:
+        self.size, self.seed = recipe.image_size, args.seed
+        if recipe.data == "hub":
+            from datasets import load_dataset
+
+            stream = load_dataset("ILSVRC/imagenet-1k", split="train", streaming=True)
+            stream = stream.shuffle(seed=args.seed, buffer_size=recipe.shuffle_buffer)
+            held = load_dataset("ILSVRC/imagenet-1k", split="validation", streaming=True)
+            classes = stream.features["label"].num_classes
+            self.train_set: Any = self.transformed(stream, True)
+            self.validation_set: Any = list(self.transformed(held.take(recipe.eval_rows), False))
+            train_rows = None
+        else:
+            splits = image_folder(recipe.data)
+            rows = splits["train"]
+            if recipe.train_rows is not None:
+                rows = rows.shuffle(seed=0).select(range(min(recipe.train_rows, len(rows))))
+            held = splits["validation"].shuffle(seed=0)
+            held = held.select(range(min(recipe.eval_rows, len(held))))
+            classes = rows.features["label"].num_classes
+            self.train_set, train_rows = Pictures(rows, self.size, args.seed), len(rows)
+            self.validation_set = Pictures(held, self.size, None)
+        counts = {"train": train_rows, "validation": len(self.validation_set)}
+        self.data = {**{split: {"rows": rows} for split, rows in counts.items()}, "classes": classes}
+        width, layers, heads, patch = SIZES[recipe.model]
+        torch.manual_seed(args.seed)
+        self.start = ViTForImageClassification(
+            ViTConfig(
+                image_size=self.size, patch_size=patch, hidden_size=width, num_hidden_layers=layers,
+                num_attention_heads=heads, intermediate_size=4 * width, hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0, num_labels=classes,
+            )
+        )  # fmt: skip
+        self.extra_rules = load_rules(recipe.rules)
+        self.arms = {**ARMS, **{name: ARMS["sl2o"] for name in self.extra_rules}}
+        self.begin(recipe, args, recipe.model, recipe.image_size, self.data)
+
+    def transformed(self, stream: Any, training: bool) -> Any:
+        chance = random.Random(self.seed) if training else None
+
+        def transform(row: Mapping[str, Any]) -> dict[str, Any]:
+            return {"pixel_values": pixels(row["image"], self.size, chance), "labels": row["label"]}
+
+        return stream.map(transform, remove_columns=["image", "label"])
+
+    # What the stages ask for
+
+    def trainer_objects(self) -> dict[str, Any]:
+        return {
+            "train_dataset": self.train_set,
+            "eval_dataset": self.validation_set,
+            "data_collator": stacked,
+            "compute_metrics": accuracy,
+        }
+
+    def full_space(self, name: str, folder: Path, lr: float, seed: int) -> SL2OTrainingArguments:
+        steps = self.recipe.trajectory_steps
+        every = max(self.args.eval_steps, steps // 60)
+        return self.arguments(
+            folder, "adamw_torch", learning_rate=lr, max_steps=steps, max_grad_norm=1.0, eval_steps=every,
+            logging_steps=every, seed=self.args.seed + seed,
+        )  # fmt: skip
+
+    def batches(self, seed: int, size: int) -> Iterator[Any]:
+        if not isinstance(self.train_set, Pictures):
+            for epoch in itertools.count():
+                self.train_set.set_epoch(seed + epoch)
+                rows = iter(self.train_set)
+                while len(chosen := list(itertools.islice(rows, size))) == size:
+                    yield stacked(chosen)
+        generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF)
+        while True:
+            order = torch.randperm(len(self.train_set), generator=generator).tolist()
+            for start in range(0, len(order) - size + 1, size):
+                yield stacked([self.train_set[index] for index in order[start : start + size]])
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        device = self.args.device
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.args.bf16):
+            return model(**{key: value.to(device) for key, value in batch.items()}).loss  # type: ignore[no-any-return]
+
+    def eval_batches(self) -> Sequence[Any]:
+        held = [self.validation_set[index] for index in range(min(512, len(self.validation_set)))]
+        return [stacked(held[i : i + 128]) for i in range(0, len(held), 128)]
+
+    def targets(self, runs: Mapping[str, Any]) -> dict[str, float]:
+        """What Momentum in the subspace and AdamW have at the last step of the subspace runs."""
+        last, found = self.args.max_steps, {}
+        for name in ("subspace_momentum", "adamw"):
+            if name in runs:
+                found[f"{name}_at_{last}"] = [loss for step, loss in runs[name]["eval"] if step <= last][-1]
+        return found
+
+
+def stacked(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    images = torch.stack([torch.as_tensor(row["pixel_values"]) for row in rows])
+    return {"pixel_values": images, "labels": torch.tensor([int(row["labels"]) for row in rows])}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any] | None:
+    parser = HfArgumentParser((RecipeArguments, SL2OTrainingArguments))  # type: ignore[arg-type]
+    own = {"max_steps": 2000, "eval_steps": 100, "logging_steps": 100, "per_device_eval_batch_size": 128}
+    parser.set_defaults(output_dir="outputs/vit_imagenet", **{**TRAINER_DEFAULTS, **own})
+    disable_progress_bar()
+    recipe, args = parser.parse_args_into_dataclasses(argv)
+    return Recipe(recipe, args).main()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    main(sys.argv[1:])

@@ -1,0 +1,126 @@
+"""recipes/vit_cifar.py at toy size: the three subspaces, the official settings, models from a folder, bad flags."""
+
+import json
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+
+from hf_sl2o import IdentityBasis, Rule
+from recipes import vit_cifar
+
+SMALL = """--train_rows 128 --validation_rows 32 --eval_rows 32 --trajectory_steps 12 --snapshots 8 --dim 3
+--meta_epochs 1 --inner_steps 10 --max_steps 4 --eval_steps 2 --logging_steps 2 --save_steps 2 --quick_grid
+--per_device_train_batch_size 16 --use_cpu --seeds 1 --trajectory_learning_rates 0.003 --base_steps 3""".split()
+
+
+def recipe(folder, *flags):
+    return vit_cifar.main([*SMALL, "--output_dir", str(folder), *flags])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Checkpoints as the Hub has them, with 1,000 classes, smaller."""
+    folder = tmp_path_factory.mktemp("models")
+    sizes = {"image_size": 48, "patch_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "intermediate_size": 32, "num_labels": 1000}  # fmt: skip
+    torch.manual_seed(0)
+    for name, model in (
+        ("deit", DeiTForImageClassificationWithTeacher(DeiTConfig(**sizes))),
+        ("vit", ViTForImageClassification(ViTConfig(**sizes))),
+    ):
+        model.save_pretrained(folder / name)
+        ViTImageProcessor(size={"height": 48, "width": 48}).save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("subspace", ["lora", "pca-lora", "pca-full"])
+def test_all_stages(tmp_path, subspace):
+    result = recipe(tmp_path, "--subspace", subspace)
+    shipped = "sl2o_default-lora" if subspace == "lora" else "sl2o_default"
+    expected = {*vit_cifar.ARMS, shipped} - ({"subspace_adamw"} if subspace == "lora" else set())
+    assert set(result["runs"]) == expected
+    for name, run in result["runs"].items():
+        full = name.startswith("adamw") and subspace != "lora"
+        assert run["eval"][-1][0] == (12 if full else 4), name
+        assert len(run["test_accuracy_per_seed"]) == 1
+    assert set(result["steps_to_accuracy"]) == {"adamw_best", "adamw_best_less_0.1_points"}
+    config = Rule.from_pretrained(next((tmp_path / "rule").iterdir())).config
+    assert (config.log_sign, config.output_scale) == ((10.0, 1e-4) if subspace == "lora" else (None, 1.0))
+    saved = {path.name for path in (tmp_path / "sl2o" / "checkpoint-4").iterdir()}
+    assert ("adapter_model.safetensors" in saved) == ("lora" in subspace) and "coefficients.safetensors" in saved
+
+
+@pytest.mark.parametrize(
+    ("name", "factors", "head"), [("deit", {"q_proj", "v_proj", "query", "value"}, False),
+                                  ("vit", {"q_proj", "k_proj", "v_proj", "query", "key", "value"}, True)],
+)  # fmt: skip
+def test_the_official_settings_on_a_checkpoint(tiny, tmp_path, name, factors, head):
+    parser_flags = [*SMALL, "--output_dir", str(tmp_path), "--model", str(tiny / name)]
+    made = {}
+    original = vit_cifar.Recipe.main
+    try:
+        vit_cifar.Recipe.main = lambda self: made.update(recipe=self)
+        vit_cifar.main(parser_flags)
+    finally:
+        vit_cifar.Recipe.main = original
+    of = made["recipe"]
+    trained = [name for name, p in of.start.named_parameters() if p.requires_grad]
+    lora = [name for name in trained if "lora_" in name]
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name in lora} <= factors
+    assert len(lora) == 2 * 2 * (3 if head else 2)  # layers, A and B, matrices
+    assert bool([name for name in trained if "classifier" in name]) == head
+    config = of.start.peft_config["default"]
+    assert (config.r, config.lora_alpha) == (16, 32)
+    assert of.rule_config().output_scale == 1e-4 and (of.rule_config().log_sign is None) == head
+    batch = of.train_set.__getitems__([0, 1])
+    assert batch["pixel_values"].shape == (2, 3, 48, 48)
+    assert batch["pixel_values"].abs().max() <= 1.0 + 1e-6  # the checkpoint's mean and deviation of 0.5
+    with torch.no_grad():
+        out = of.start(pixel_values=batch["pixel_values"])
+    assert out.logits.shape == (2, 10)
+    if not head:  # distilled: the mean of two heads
+        torch.testing.assert_close(out.logits, (out.cls_logits + out.distillation_logits) / 2)
+    assert isinstance(of.load_basis(), IdentityBasis)
+
+
+def test_a_checkpoint_with_another_number_of_classes_does_not_fit_a_basis(tmp_path):
+    recipe(tmp_path, "--subspace", "pca-full", "--arms", "subspace_adamw")
+    from hf_sl2o import Basis
+
+    basis = Basis.from_pretrained(tmp_path / "basis")
+    model = AutoModelForImageClassification.from_config(
+        DeiTConfig(image_size=32, patch_size=4, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
+                   intermediate_size=256, num_labels=7, architectures=["DeiTForImageClassificationWithTeacher"])
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="classifier"):
+        basis.layout.select(DeiTForImageClassificationWithTeacher(model.config).named_parameters())
+
+
+def test_the_base_does_not_see_the_classes_of_the_adapters(tmp_path):
+    recipe(tmp_path, "--arms", "adamw_2e-4")
+    data = json.loads((tmp_path / "comparison.json").read_text())["data"]
+    assert data["train"]["rows"] == 128
+    made = vit_cifar.Recipe.__new__(vit_cifar.Recipe)
+    assert len(list(tmp_path.glob("base-*.safetensors"))) == 1
+    del made
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--subspace", "random"], "expected lora, pca-lora, or pca-full"),
+        (["--arms", "adam"], "--arms has 'adam'"),
+        (["--rules", "x=nowhere"], "nowhere"),
+    ],
+)
+def test_bad_flags(tmp_path, flags, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        recipe(tmp_path, *flags)
