@@ -129,9 +129,8 @@ def image_folder(folder: str) -> dict[str, Any]:
                 f"{where} has no folders, and so no classes; put the images of each class into a folder of its own"
             )
         if classes is not None and found != classes:
-            raise ValueError(
-                f"{where} has the classes {found[:5]}, train has {classes[:5]}; give both splits the same ones"
-            )
+            other = min(set(found) ^ set(classes))
+            raise ValueError(f"only one of train and {split} has the class {other!r}; give both the same ones")
         classes = found
         if not any(path.is_file() for path in where.rglob("*")):
             raise ValueError(f"{where} holds no images; expected some in each of its {len(found)} classes")

@@ -34,6 +34,14 @@ def test_step_cost(tmp_path):
     assert step["baseline"] == rows["adamw_fused_step"]["value"] and rows["project_bandwidth"]["value"] > 0
 
 
+def test_vision_overhead(tmp_path):
+    out = benchmark("benchmarks/vision_overhead.py", "--quick", "--json", str(tmp_path / "x.json"))
+    assert out.returncode == 0, out.stderr[-2000:]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "x.json").read_text())["rows"]}
+    assert set(rows) == {f"resnet8/{name}" for name in ("bare_step", "recipe_step", "batch", "share_outside")}
+    assert 0 < rows["resnet8/batch"]["ratio"] and rows["resnet8/share_outside"]["value"] < 1
+
+
 @pytest.mark.slow
 def test_gpu_benchmark_at_toy_size(tmp_path):
     write_csv(tmp_path, train=200, validation=40)

@@ -145,7 +145,15 @@ def test_studies(short, tmp_path):
 
 
 def test_study_of_inputs(short, plans, tmp_path):
-    words = ["--variants", "plan", "progress", "--seeds", "1", "--output_dir", str(tmp_path)]
+    words = [
+        "--variants",
+        "plan: scale of the tensor, progress",
+        "neither",
+        "--seeds",
+        "1",
+        "--output_dir",
+        str(tmp_path),
+    ]
     result = study_inputs.main([*words, "--json", str(tmp_path / "i.json"), *SMALL])
     assert [row["variant"] for row in result["rows"]] == ["plan", "progress"]
     assert result["rows"][0]["scores"] != result["rows"][1]["scores"] and (tmp_path / "i.png").is_file()
