@@ -3,7 +3,7 @@
 python benchmarks/vision_overhead.py --json benchmarks/results/vision_overhead.json
 
 The recipe's Trainer on its own data set (random crops and flips, whole batches), against a bare loop over one batch
-that lies ready: the same network, batch size and optimizer, a run of each in turn. Beside it, what a batch costs alone.
+that lies ready: the same network, batch size and optimizer, a run of each in turn. Beside it, what a batch costs.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
     python recipes/study_inputs.py --rule default --data PATH --json recipes/results/study_inputs_default.json
 
 Each variant changes one thing of the plan by which `recipes/meta_train.py` makes a shipped rule; the score is the
-rule's mean of (held-out loss / held-out loss before training) at N/8, N/4, N/2 and N, on the tasks it was trained on.
-Tasks on which rules are judged (evaluate_rules.py) play no part. Killed and started again it goes on.
+rule's geometric mean of (held-out loss / held-out loss before training) at N/8, N/4, N/2 and N, on the tasks it was
+trained on. A rule of `default`'s plan is also judged beside tuned optimizers on the same problems at batch sizes that
+it was not trained at. The tasks of evaluate_rules.py play no part. Killed and started again it goes on.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import evaluate_rules
 import meta_train
+from meta_tasks import arms_of, named_task
 
-from hf_sl2o.comparison import environment
+from hf_sl2o import Rule
+from hf_sl2o.comparison import compare_on, environment
 from hf_sl2o.files import save_json
 
 VARIANTS: dict[str, list[str]] = {
-    "plan: scale of the tensor, progress": [],
+    "plan": [],
     "no scale of the tensor": ["--tensor_scale", "False"],
     "no progress": ["--progress", "False"],
     "neither": ["--tensor_scale", "False", "--progress", "False"],
@@ -35,16 +39,43 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(8, 0.5 * len(rows) + 1.5), layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, 2, figsize=(13, 0.5 * len(rows) + 1.8), layout="constrained", sharey=True, width_ratios=(2, 3)
+    )
     for y, row in enumerate(rows):
-        axis.plot(row["scores"], [y] * len(row["scores"]), "o", color="C0")
-        axis.plot(sum(row["scores"]) / len(row["scores"]), y, "|", color="black", markersize=18)
-    axis.set_yticks(range(len(rows)), [row["variant"] for row in rows])
-    axis.set(xlabel="score: held-out loss over that before training, lower is better (a dot a seed)")
-    axis.invert_yaxis()
-    axis.grid(alpha=0.3)
+        axes[0].plot(row["scores"], [y] * len(row["scores"]), "o", color="C0")
+        axes[0].plot(sum(row["scores"]) / len(row["scores"]), y, "|", color="black", markersize=18)
+        for index, level in enumerate(("subspace_adamw", "subspace_momentum")):
+            ratios = [ratio for of_seed in row["judged"] for ratio in of_seed[level].values()]
+            known = [ratio for ratio in ratios if ratio is not None]
+            label = level if y == 0 else None
+            axes[1].plot(known, [y + 0.2 * index - 0.1] * len(known), "os"[index], color=f"C{index}", label=label)
+            if len(known) < len(ratios):
+                never = f"{len(ratios) - len(known)} never"
+                axes[1].annotate(never, (1.0, y + 0.2 * index - 0.1), xycoords=("axes fraction", "data"), ha="right",
+                                 va="center", fontsize=7, color=f"C{index}")  # fmt: skip
+    axes[0].set_yticks(range(len(rows)), [row["variant"] for row in rows])
+    axes[0].set(xlabel="score: held-out loss over that before training (a dot a seed)")
+    axes[1].set(xlabel="steps over the tuned baseline's own, to its final loss (a dot a seed and task)")
+    axes[0].invert_yaxis()
+    if rows[0]["judged"]:
+        axes[1].legend(fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def judged(rule: Rule, options: argparse.Namespace) -> dict[str, dict[str, float | None]]:
+    """Per tuned baseline and task: steps of the rule over its own, to its final loss."""
+    results = {}
+    for name in options.judge_on:
+        task = named_task(name, options.data, Path(options.output_dir) / "tasks")
+        arms = arms_of("default", rule, options.judge_steps, task.basis.layout)
+        chosen = {arm: arms[arm] for arm in ("sl2o", "subspace_adamw", "subspace_momentum", "subspace_sgd")}
+        runs = compare_on(task, chosen, options.judge_steps, cache=options.runs_dir)
+        results[name] = {"levels": evaluate_rules.judge(runs)}
+    return {level: entry["ratios"] for level, entry in evaluate_rules.summary(results).items()}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -53,20 +84,26 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--rule", choices=sorted(meta_train.PLANS), default="default")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--data", default="embedded", help="embedded, or a folder with e2e_nlg and cifar10")
     parser.add_argument("--output_dir", default="outputs/meta_train")
+    parser.add_argument("--runs_dir", type=Path, default=Path("outputs/evaluate_rules/inputs"))
+    parser.add_argument("--judge_on", nargs="+", default=["teacher@16", "digits-mlp@16"], help="with --rule default")
+    parser.add_argument("--judge_steps", type=int, default=200)
     options, rest = parser.parse_known_args(argv)
     rows = []
     for variant in options.variants:
         if variant == "plan, no random scaling" and not meta_train.PLANS[options.rule].settings.get("random_scaling"):
             continue
-        results = []
+        results, rules = [], []
         for seed in range(options.seeds):
             name = f"inputs-{options.rule}-{variant.replace(' ', '-').replace(',', '')}-{seed}"
             words = ["--rule", options.rule, "--name", name, "--output_dir", options.output_dir, "--seed", str(seed)]
-            results.append(meta_train.main([*words, *VARIANTS[variant], *rest]))
+            results.append(meta_train.main([*words, "--data", options.data, *VARIANTS[variant], *rest]))
+            rules.append(Rule.from_pretrained(Path(options.output_dir) / name))
         rows.append(
             {
                 "variant": variant,
+                "judged": [judged(rule, options) for rule in rules] if options.rule == "default" else [],
                 "scores": [result["best_score"] for result in results],
                 "validation": [
                     min(result["validation"], key=lambda e: e["score"])["validation"] for result in results

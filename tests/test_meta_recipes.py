@@ -145,17 +145,13 @@ def test_studies(short, tmp_path):
 
 
 def test_study_of_inputs(short, plans, tmp_path):
-    words = [
-        "--variants",
-        "plan: scale of the tensor, progress",
-        "neither",
-        "--seeds",
-        "1",
-        "--output_dir",
-        str(tmp_path),
-    ]
+    words = ["--variants", "plan", "neither", "--seeds", "1", "--output_dir", str(tmp_path)]
+    words += ["--judge_on", "quadratic", "--judge_steps", "20", "--runs_dir", str(tmp_path / "runs")]
     result = study_inputs.main([*words, "--json", str(tmp_path / "i.json"), *SMALL])
-    assert [row["variant"] for row in result["rows"]] == ["plan", "progress"]
+    assert [row["variant"] for row in result["rows"]] == ["plan", "neither"]
+    for row in result["rows"]:
+        assert set(row["judged"][0]) == {"subspace_adamw", "subspace_momentum", "subspace_sgd"}
+        assert set(row["judged"][0]["subspace_adamw"]) == {"quadratic"}
     assert result["rows"][0]["scores"] != result["rows"][1]["scores"] and (tmp_path / "i.png").is_file()
 
 
