@@ -12,7 +12,7 @@ from hf_sl2o import (
 from hf_sl2o.files import load_json, load_tensors
 
 from .conftest import random_dense
-from .test_meta import make_task
+from .test_meta import data, make_task
 
 
 def dropout_network():
