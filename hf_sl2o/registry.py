@@ -230,10 +230,22 @@ def _parse_optim_args(optim_args_str: str | None) -> dict[str, str]:
 _parse = trainer_optimizer._parse_optim_args
 
 
+def _create_scheduler(self: trainer.Trainer, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+    # Here a Trainer knows how long its run is, also where the user gave epochs.
+    for group in getattr(self.optimizer, "param_groups", ()):
+        if "rule_fingerprint" in group and group["total_steps"] is None:
+            group["total_steps"] = num_training_steps
+    return _make_scheduler(self, num_training_steps, *args, **kwargs)
+
+
+_make_scheduler = trainer.Trainer.create_scheduler
+
+
 def register() -> None:
     """Adds our names to transformers; importing hf_sl2o does it, and doing it again changes nothing.
 
-    Also makes Trainer's parser of `optim_args` say what it could not read.
+    Also makes Trainer's parser of `optim_args` say what it could not read, and `create_scheduler` tell a rule that
+    sees the share of the run that is done how many steps the run has.
 
     Raises:
         `ImportError`: transformers has moved what this hooks into.
@@ -247,3 +259,4 @@ def register() -> None:
             "hf_sl2o knows; upgrade hf_sl2o, or use Trainer(optimizer_cls_and_kwargs=...)"
         )
     trainer._parse_optim_args = _parse_optim_args
+    trainer.Trainer.create_scheduler = _create_scheduler  # type: ignore[method-assign]

@@ -202,3 +202,27 @@ def test_runner_gives_an_unmodified_script_our_names(tmp_path):
     assert ours.returncode == 0 and ours.stdout.strip() == "__main__ sl2o", ours.stderr
     assert plain.returncode == 2 and "invalid choice" in plain.stderr
     assert usage.returncode == 1 and "expected a Python script and found 'absent.py'" in usage.stderr
+
+
+@pytest.mark.parametrize("with_basis", [True, False])
+def test_a_rule_that_sees_its_progress_is_told_the_length_of_a_run_in_epochs(tmp_path, saved, with_basis):
+    """Epochs and the same number of steps give the same weights; another length gives others."""
+    torch.manual_seed(1)
+    LSTMRule(hf_sl2o.RuleConfig(progress=True, output_scale=0.1)).save_pretrained(tmp_path / "seeing")
+    optim_args = f"rule={tmp_path / 'seeing'}" + (f",basis={saved[0]}" if with_basis else "")
+
+    def trained(**length):
+        of = trainer(
+            tiny_gpt2(), tmp_path, optim="sl2o", optim_args=optim_args, disable_tqdm=True,
+            lr_scheduler_type="constant", logging_strategy="no", **length,
+        )  # fmt: skip
+        of.train()
+        steps = of.state.global_step
+        assert of.optimizer.param_groups[0]["total_steps"] == steps
+        return steps, torch.cat([p.detach().flatten() for p in of.model.parameters()])
+
+    steps, epochs = trained(max_steps=-1, num_train_epochs=2)
+    assert steps > 2
+    assert torch.equal(trained(max_steps=steps)[1], epochs)
+    half = trained(max_steps=-1, num_train_epochs=1)
+    assert half[0] == steps // 2 and not torch.equal(half[1], epochs)
