@@ -202,9 +202,11 @@ def compare_on(
 
 
 def table(comparison: Mapping[str, Any]) -> str:
-    """Returns the comparison as a Markdown table, fastest to the first target first."""
-    names = list(comparison["steps_to"])
-    heads = ["arm", "learning rate", "validation loss", *(f"steps to {name}" for name in names)]
+    """Returns the comparison as a Markdown table, fastest to the first target first; accuracies where there are."""
+    names, accuracies = list(comparison["steps_to"]), list(comparison.get("steps_to_accuracy", ()))
+    tested = all("test_accuracy_per_seed" in run for run in comparison["runs"].values())
+    heads = ["arm", "learning rate", "validation loss", *["test accuracy"] * tested]
+    heads += [f"steps to {name}" for name in (*names, *accuracies)]
     rows = [[*heads, "seconds", "state (kB)"]]
 
     def order(item: tuple[str, Any]) -> tuple[float, float]:
@@ -213,11 +215,14 @@ def table(comparison: Mapping[str, Any]) -> str:
 
     for arm, run in sorted(comparison["runs"].items(), key=order):
         steps = [comparison["steps_to"][name]["steps"].get(arm) for name in names]
+        steps += [comparison["steps_to_accuracy"][name]["steps"].get(arm) for name in accuracies]
+        tests = run["test_accuracy_per_seed"] if tested else []
         rows.append(
             [
                 arm,
                 f"{run['learning_rate']:g}",
                 f"{run['final_eval_loss']:.3f}",
+                *([f"{100 * sum(tests) / len(tests):.2f} %"] if tested else []),
                 *("never" if value is None else f"{value:.0f}" for value in steps),
                 f"{run['seconds']:.0f}",
                 f"{run['state_bytes'] / 1e3:.1f}",

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pipeline
 import pytest
 import scipy.optimize
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from hf_sl2o import IdentityBasis, Layout, Task
+from hf_sl2o.comparison import table
 from recipes import resnet_cifar
 from recipes.networks import Classifier, resnet8
 from recipes.p_bfgs import bfgs_update, p_bfgs
@@ -42,6 +44,9 @@ def test_all_arms_of_the_paper_with_their_printed_rates(finished):
     assert set(result["steps_to_accuracy"]) == {"momentum_best", "momentum_best_less_0.1_points"}
     assert result["amortised"]["trajectory"] == 20 and result["amortised"]["meta_training"] == 10 * (1 + 2)
     assert (folder / "comparison.png").stat().st_size > 10_000
+    lines = table(result).splitlines()
+    assert "test accuracy" in lines[0] and "steps to momentum_best" in lines[0] and len(lines) == 2 + len(runs)
+    assert f"{50 * sum(runs['sl2o']['test_accuracy_per_seed']):.2f} %" in table(result)
     saved = load_file(folder / "sl2o" / "checkpoint-4" / "model.safetensors")
     network = Classifier(resnet8())
     network.load_state_dict(saved)
@@ -50,7 +55,7 @@ def test_all_arms_of_the_paper_with_their_printed_rates(finished):
 
 def test_a_second_start_runs_nothing_again(finished, monkeypatch):
     folder, result = finished
-    monkeypatch.setattr(resnet_cifar.SL2OTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr(pipeline.SL2OTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
     monkeypatch.setattr(resnet_cifar, "p_bfgs", lambda *args, **kwargs: pytest.fail("trained again"))
     again = resnet_cifar.main([*SMALL, "--baselines", "paper", "--output_dir", str(folder)])
     assert again["runs"] == result["runs"]
