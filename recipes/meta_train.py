@@ -47,9 +47,7 @@ PAPER: dict[str, Any] = {
 OURS: dict[str, Any] = {
     "inner_steps": 200,
     "unroll_length": 20,
-    "meta_epochs": 40,
-    "meta_loss": "log",
-    "curriculum": [100, 400, 200],  # the rule sees the share of a run that is done: runs of several lengths
+    "meta_epochs": 16,
     "eval_every": 2,
     "lr_scheduler_type": "linear",  # what the Trainer does where nobody says otherwise
     "meta_lr_scheduler_type": "cosine",
@@ -59,7 +57,13 @@ PLANS = {
     "default": Plan(
         RuleConfig(tensor_scale=True, progress=True),
         ("quadratic", "teacher", "teacher@8", "digits-mlp", "digits-mlp@8", "e2e-gpt2@8"),
-        {**OURS, "random_scaling": 0.5},
+        {
+            **OURS,
+            "meta_epochs": 40,
+            "meta_loss": "log",
+            "curriculum": [100, 400, 200],  # the rule sees the share of a run that is done: runs of several lengths
+            "random_scaling": 0.5,
+        },
     ),
     "default-lora": Plan(
         RuleConfig(log_sign=10.0, output_scale=0.01),
