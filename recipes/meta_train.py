@@ -66,7 +66,7 @@ PLANS = {
         },
     ),
     "default-lora": Plan(
-        RuleConfig(log_sign=10.0, output_scale=0.01),
+        RuleConfig(log_sign=10.0, output_scale=0.01, tensor_scale=True),
         ("digits-mlp-lora4", "digits-mlp-lora16", "docs-gpt2-lora4", "docs-gpt2-lora8"),
         OURS,
         coordinates=2000,
