@@ -1,7 +1,5 @@
 """recipes/vit_cifar.py at toy size: the three subspaces, the official settings, models from a folder, bad flags."""
 
-import json
-
 import pytest
 import torch
 from transformers import (
@@ -13,7 +11,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from hf_sl2o import IdentityBasis, Rule
+from hf_sl2o import Basis, IdentityBasis, Rule
 from recipes import vit_cifar
 
 SMALL = """--train_rows 128 --validation_rows 32 --eval_rows 32 --trajectory_steps 12 --snapshots 8 --dim 3
@@ -62,15 +60,11 @@ def test_all_stages(tmp_path, subspace):
     ("name", "factors", "head"), [("deit", {"q_proj", "v_proj", "query", "value"}, False),
                                   ("vit", {"q_proj", "k_proj", "v_proj", "query", "key", "value"}, True)],
 )  # fmt: skip
-def test_the_official_settings_on_a_checkpoint(tiny, tmp_path, name, factors, head):
+def test_the_official_settings_on_a_checkpoint(tiny, tmp_path, monkeypatch, name, factors, head):
     parser_flags = [*SMALL, "--output_dir", str(tmp_path), "--model", str(tiny / name)]
     made = {}
-    original = vit_cifar.Recipe.main
-    try:
-        vit_cifar.Recipe.main = lambda self: made.update(recipe=self)
-        vit_cifar.main(parser_flags)
-    finally:
-        vit_cifar.Recipe.main = original
+    monkeypatch.setattr(vit_cifar.Recipe, "main", lambda self: made.update(recipe=self))
+    vit_cifar.main(parser_flags)
     of = made["recipe"]
     trained = [name for name, p in of.start.named_parameters() if p.requires_grad]
     lora = [name for name in trained if "lora_" in name]
@@ -93,8 +87,6 @@ def test_the_official_settings_on_a_checkpoint(tiny, tmp_path, name, factors, he
 
 def test_a_checkpoint_with_another_number_of_classes_does_not_fit_a_basis(tmp_path):
     recipe(tmp_path, "--subspace", "pca-full", "--arms", "subspace_adamw")
-    from hf_sl2o import Basis
-
     basis = Basis.from_pretrained(tmp_path / "basis")
     model = AutoModelForImageClassification.from_config(
         DeiTConfig(image_size=32, patch_size=4, hidden_size=64, num_hidden_layers=4, num_attention_heads=4,
@@ -104,13 +96,26 @@ def test_a_checkpoint_with_another_number_of_classes_does_not_fit_a_basis(tmp_pa
         basis.layout.select(DeiTForImageClassificationWithTeacher(model.config).named_parameters())
 
 
-def test_the_base_does_not_see_the_classes_of_the_adapters(tmp_path):
-    recipe(tmp_path, "--arms", "adamw_2e-4")
-    data = json.loads((tmp_path / "comparison.json").read_text())["data"]
-    assert data["train"]["rows"] == 128
-    made = vit_cifar.Recipe.__new__(vit_cifar.Recipe)
-    assert len(list(tmp_path.glob("base-*.safetensors"))) == 1
-    del made
+def test_the_base_and_the_adapters_see_different_classes(tmp_path, monkeypatch):
+    seen = []
+    original = vit_cifar.batches
+
+    def watched(images, labels, *rest):
+        seen.append(set(labels.tolist()))
+        return original(images, labels, *rest)
+
+    monkeypatch.setattr(vit_cifar, "batches", watched)
+    made = {}
+    monkeypatch.setattr(vit_cifar.Recipe, "main", lambda self: made.update(recipe=self))
+    recipe(tmp_path)
+    of = made["recipe"]
+    assert seen == [set(range(7))]
+    for split in (of.train_set, of.validation_set, of.test_set):
+        assert set(split.labels.tolist()) == {7, 8, 9}
+    (base,) = tmp_path.glob("base-*.safetensors")
+    before = base.stat().st_mtime_ns
+    recipe(tmp_path)  # the base is made once
+    assert len(seen) == 1 and base.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(
