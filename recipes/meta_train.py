@@ -67,8 +67,8 @@ PLANS = {
     ),
     "default-lora": Plan(
         RuleConfig(log_sign=10.0, output_scale=0.01, tensor_scale=True),
-        ("digits-mlp-lora4", "digits-mlp-lora16", "docs-gpt2-lora4", "docs-gpt2-lora8"),
-        OURS,
+        ("digits-mlp-lora4", "docs-gpt2-lora4"),
+        {**OURS, "meta_epochs": 8},
         coordinates=2000,
     ),
     # The published constants, T, N and schedule, on a network of two cores' size.
