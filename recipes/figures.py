@@ -69,6 +69,7 @@ def figure(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         row[1].set(title=f"{title}: accuracy on held-out images", xlabel="step", ylabel="%")
         for axis in row:
             axis.set_xscale("symlog", linthresh=20)
+            axis.set_xlim(left=0)
             axis.grid(alpha=0.3, which="both")
         row[1].legend(fontsize=8, ncols=2, loc="lower right")
     path.parent.mkdir(parents=True, exist_ok=True)

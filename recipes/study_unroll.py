@@ -68,6 +68,7 @@ def plot(groups: dict[str, dict[int, list[dict[str, Any]]]], path: Path) -> None
         fixed = "N = 1000" if letter == "T" else "T = 10"
         axis.set(title=f"{letter} varies, {fixed}", xlabel="test step", ylabel="held-out loss", yscale="log")
         axis.set_xscale("symlog", linthresh=5)
+        axis.set_xlim(left=0)
         axis.legend()
         axis.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=110)
