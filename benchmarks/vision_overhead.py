@@ -29,6 +29,7 @@ from hf_sl2o.comparison import environment  # noqa: E402
 from hf_sl2o.files import save_json  # noqa: E402
 
 BATCH, DIM = 128, 40
+NETWORKS = {"resnet8": resnet8, "resnet20": resnet20}
 
 
 def measure(build: Any, steps: int, rounds: int) -> dict[str, list[float]]:
@@ -86,11 +87,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--quick", action="store_true", help="under a minute")
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     options = parser.parse_args(argv)
+    names = ["resnet8"] if options.quick else options.networks
     steps, rounds = (10, 3) if options.quick else (100, 7)
     rows = []
-    for name, build in {"resnet8": resnet8, **({} if options.quick else {"resnet20": resnet20})}.items():
-        times = measure(build, steps, rounds)
+    for name in names:
+        times = measure(NETWORKS[name], steps, rounds)
         bare = row(f"{name}/bare_step", times["bare_step"])
         rows += [bare, row(f"{name}/recipe_step", times["recipe_step"], baseline=bare["value"])]
         rows.append(row(f"{name}/batch", times["batch"], baseline=bare["value"]))
