@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arms import PipelineArguments, stamp
 from cifar_data import ImageSet, as_is, crop_and_flip, load_cifar, normalize
-from pipeline import Pipeline, PipelineArguments, stamp
+from pipeline import Pipeline
 from torch import nn
 from transformers import TrainerCallback
 

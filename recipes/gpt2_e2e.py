@@ -8,13 +8,13 @@ accelerate launch recipes/gpt2_e2e.py --model gpt2 --data hub --bf16     # 124M
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from arms import Arm, PipelineArguments, grid
 from e2e_data import (
     E2EDataset,
     collate,
@@ -25,9 +25,8 @@ from e2e_data import (
     to_device,
     train_tokenizer,
 )
-from pipeline import Arm, Pipeline, PipelineArguments, grid
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, HfArgumentParser
-from transformers.utils.logging import disable_progress_bar
+from pipeline import Pipeline, run_recipe
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_sl2o import SL2OTrainingArguments
 
@@ -173,8 +172,7 @@ class Recipe(Pipeline):
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
-    parser = HfArgumentParser((RecipeArguments, SL2OTrainingArguments))  # type: ignore[arg-type]
-    parser.set_defaults(
+    defaults = dict(
         output_dir="outputs/gpt2_e2e",
         max_steps=300,
         learning_rate=1.0,
@@ -194,11 +192,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         label_names=["labels"],
         average_tokens_across_devices=True,
     )
-    if "--demo" in (argv or sys.argv):
-        parser.set_defaults(max_steps=80, eval_steps=10)
-    disable_progress_bar()
-    recipe, args = parser.parse_args_into_dataclasses(argv)
-    return Recipe(recipe, args).main()
+    return run_recipe(RecipeArguments, Recipe, argv, defaults, {"max_steps": 80, "eval_steps": 10})
 
 
 if __name__ == "__main__":

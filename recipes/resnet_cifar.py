@@ -12,22 +12,20 @@ at the end of each run.
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from arms import Arm, grid, stamp
 from cifar_data import ImageSet
 from cifar_pipeline import TRAINER_DEFAULTS, CifarArguments, CifarPipeline
 from networks import Classifier, mobilenet_v2, resnet8, resnet18, resnet20, vgg16
 from p_bfgs import p_bfgs
-from pipeline import Arm, grid, stamp
+from pipeline import run_recipe
 from problems import with_batch_statistics
 from torch import nn
-from transformers import HfArgumentParser
-from transformers.utils.logging import disable_progress_bar
 
 from hf_sl2o import Basis, BatchNormCallback, SL2OTrainingArguments, recalibrate_batch_norm
 from hf_sl2o.files import load_json, save_json
@@ -178,13 +176,10 @@ class Recipe(CifarPipeline):
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
-    parser = HfArgumentParser((RecipeArguments, SL2OTrainingArguments))  # type: ignore[arg-type]
-    parser.set_defaults(output_dir="outputs/resnet_cifar", **TRAINER_DEFAULTS)
-    if "--demo" in (argv or sys.argv):
-        parser.set_defaults(max_steps=60, eval_steps=10, logging_steps=10)
-    disable_progress_bar()
-    recipe, args = parser.parse_args_into_dataclasses(argv)
-    return Recipe(recipe, args).main()
+    defaults = {"output_dir": "outputs/resnet_cifar", **TRAINER_DEFAULTS}
+    return run_recipe(
+        RecipeArguments, Recipe, argv, defaults, {"max_steps": 60, "eval_steps": 10, "logging_steps": 10}
+    )
 
 
 if __name__ == "__main__":

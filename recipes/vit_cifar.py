@@ -13,17 +13,17 @@ pca-lora: directions of a recorded run of the factors; pca-full: of all weights,
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from arms import Arm, grid, stamp
 from cifar_data import batches, load_cifar, normalize
 from cifar_pipeline import TRAINER_DEFAULTS, CifarArguments, CifarPipeline
 from meta_tasks import train_full
-from pipeline import Arm, grid, stamp
+from pipeline import run_recipe
 from problems import Problem
 from safetensors.torch import load_file
 from torch import nn
@@ -33,9 +33,7 @@ from transformers import (
     AutoModelForImageClassification,
     DeiTConfig,
     DeiTForImageClassificationWithTeacher,
-    HfArgumentParser,
 )
-from transformers.utils.logging import disable_progress_bar
 
 from hf_sl2o import RuleConfig, SL2OTrainingArguments
 from hf_sl2o.files import save_tensors
@@ -205,13 +203,10 @@ def classification_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: 
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
-    parser = HfArgumentParser((RecipeArguments, SL2OTrainingArguments))  # type: ignore[arg-type]
-    parser.set_defaults(output_dir="outputs/vit_cifar", **{**TRAINER_DEFAULTS, "per_device_train_batch_size": 64})
-    if "--demo" in (argv or sys.argv):
-        parser.set_defaults(max_steps=40, eval_steps=10, logging_steps=10)
-    disable_progress_bar()
-    recipe, args = parser.parse_args_into_dataclasses(argv)
-    return Recipe(recipe, args).main()
+    defaults = {"output_dir": "outputs/vit_cifar", **TRAINER_DEFAULTS, "per_device_train_batch_size": 64}
+    return run_recipe(
+        RecipeArguments, Recipe, argv, defaults, {"max_steps": 40, "eval_steps": 10, "logging_steps": 10}
+    )
 
 
 if __name__ == "__main__":

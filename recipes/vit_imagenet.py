@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from arms import Arm, PipelineArguments, grid
 from cifar_pipeline import TRAINER_DEFAULTS, accuracy, load_rules
 from PIL import Image
-from pipeline import Arm, Pipeline, PipelineArguments, grid
+from pipeline import Pipeline, run_recipe
 from torch import nn
-from transformers import HfArgumentParser, ViTConfig, ViTForImageClassification
-from transformers.utils.logging import disable_progress_bar
+from transformers import ViTConfig, ViTForImageClassification
 
 from hf_sl2o import SL2OTrainingArguments
 
@@ -58,6 +58,8 @@ class RecipeArguments(PipelineArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.demo:
+            raise ValueError("there is no --demo here: no generated images; see recipes/vit_cifar.py --demo")
         if self.model not in SIZES:
             raise ValueError(f"--model is {self.model!r}, expected one of {', '.join(SIZES)}")
         if self.subspace != "pca-full":
@@ -242,12 +244,15 @@ def stacked(rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
-    parser = HfArgumentParser((RecipeArguments, SL2OTrainingArguments))  # type: ignore[arg-type]
-    own = {"max_steps": 2000, "eval_steps": 100, "logging_steps": 100, "per_device_eval_batch_size": 128}
-    parser.set_defaults(output_dir="outputs/vit_imagenet", **{**TRAINER_DEFAULTS, **own})
-    disable_progress_bar()
-    recipe, args = parser.parse_args_into_dataclasses(argv)
-    return Recipe(recipe, args).main()
+    defaults = {
+        "output_dir": "outputs/vit_imagenet",
+        **TRAINER_DEFAULTS,
+        "max_steps": 2000,
+        "eval_steps": 100,
+        "logging_steps": 100,
+        "per_device_eval_batch_size": 128,
+    }
+    return run_recipe(RecipeArguments, Recipe, argv, defaults, {})
 
 
 if __name__ == "__main__":

@@ -76,6 +76,8 @@ def test_splits_with_other_classes(folder, tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / split / name / "0.png")
     with pytest.raises(ValueError, match="only one of train and validation has the class 'cat'"):
         vit_imagenet.image_folder(str(tmp_path))
+    with pytest.raises(ValueError, match="there is no --demo here"):
+        vit_imagenet.main([*SMALL, "--data", str(folder), "--demo"])
     with pytest.raises(ValueError, match="expected a multiple of the patch"):
         vit_imagenet.main([*SMALL, "--data", str(folder), "--image_size", "30"])
 
