@@ -60,8 +60,11 @@ class PipelineArguments:
     def __post_init__(self) -> None:
         if self.subspace not in ("pca-full", "pca-lora", "lora", "random"):
             raise ValueError(f"--subspace is {self.subspace!r}, expected pca-full, pca-lora, lora, or random")
-        if unknown := sorted(set(self.arms or []) - set(self.known_arms)):
-            raise ValueError(f"--arms has {unknown[0]!r}, expected any of {sorted(self.known_arms)}")
+        if unknown := sorted(set(self.arms or []) - self.arm_names()):
+            raise ValueError(f"--arms has {unknown[0]!r}, expected any of {sorted(self.arm_names())}")
+
+    def arm_names(self) -> set[str]:
+        return set(self.known_arms)
 
 
 @dataclass(frozen=True)

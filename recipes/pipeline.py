@@ -496,4 +496,6 @@ def run_recipe(
     if "--demo" in (sys.argv if argv is None else argv):
         parser.set_defaults(**demo)
     disable_progress_bar()
-    return recipe(*parser.parse_args_into_dataclasses(argv)).main()
+    comparison = recipe(*parser.parse_args_into_dataclasses(argv)).main()
+    PartialState().destroy_process_group()  # left to the interpreter's end, its threads may abort the process
+    return comparison

@@ -73,13 +73,13 @@ class RecipeArguments(CifarArguments):
         metadata={"help": "Further rules, unchanged: NAME=PATH, or shipped ones; default: the one for the subspace."},
     )
 
-    known_arms: ClassVar[Mapping[str, Arm]] = {**ARMS, "sl2o_default": ARMS["sl2o"], "sl2o_default-lora": ARMS["sl2o"]}
+    known_arms: ClassVar[Mapping[str, Arm]] = ARMS
 
     def __post_init__(self) -> None:
+        self.rules = self.rules or ["default-lora" if self.subspace == "lora" else "default"]
         super().__post_init__()
         if self.subspace == "random":
             raise ValueError("--subspace is 'random', expected lora, pca-lora, or pca-full")
-        self.rules = self.rules or ["default-lora" if self.subspace == "lora" else "default"]
         if self.demo:
             self.seeds, self.trajectory_steps, self.snapshots, self.quick_grid = 1, 100, 50, True
             self.meta_epochs, self.inner_steps, self.base_steps = 2, 40, 200

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 from arms import Arm, PipelineArguments, grid
-from cifar_pipeline import TRAINER_DEFAULTS, accuracy, load_rules
+from cifar_pipeline import TRAINER_DEFAULTS, accuracy, load_rules, rule_arm
 from PIL import Image
 from pipeline import Pipeline, run_recipe
 from torch import nn
@@ -54,7 +54,10 @@ class RecipeArguments(PipelineArguments):
         default_factory=lambda: ["default"], metadata={"help": "Further rules, unchanged: NAME=PATH, or shipped ones."}
     )
 
-    known_arms: ClassVar[Mapping[str, Arm]] = {**ARMS, "sl2o_default": ARMS["sl2o"]}
+    known_arms: ClassVar[Mapping[str, Arm]] = ARMS
+
+    def arm_names(self) -> set[str]:
+        return {*super().arm_names(), *(rule_arm(entry)[0] for entry in self.rules)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
