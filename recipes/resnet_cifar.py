@@ -109,7 +109,7 @@ class Recipe(CifarPipeline):
         torch.manual_seed(args.seed)
         self.start = Classifier(MODELS[recipe.model](recipe.num_classes))
         self.name = recipe.model
-        # The paper records 60 epochs of 100 of SGD. In a short tuned run SGD is far behind Momentum, and its subspace too.
+        # The paper records 60 epochs of 100 of SGD. In a short run SGD is far behind Momentum, and so is its subspace.
         paper = recipe.baselines == "paper"
         arms = PAPER if paper else TUNED
         self.recorded_arm, self.recorded_share = ("sgd", 0.6) if paper else ("momentum", 1.0)

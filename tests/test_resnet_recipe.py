@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from hf_sl2o import IdentityBasis, Layout, Task
+from hf_sl2o import IdentityBasis, Layout, Task, Trajectory
 from hf_sl2o.comparison import table
 from recipes import resnet_cifar
 from recipes.networks import Classifier, resnet8
@@ -51,6 +51,21 @@ def test_all_arms_of_the_paper_with_their_printed_rates(finished):
     network = Classifier(resnet8())
     network.load_state_dict(saved)
     assert saved["network.norm.num_batches_tracked"] == 8  # recalibrated on eight batches, nothing older
+
+
+def test_a_tuned_run_records_momentum_and_takes_named_rules(finished, tmp_path):
+    folder, paper = finished
+    (recorded,) = (folder / "sgd" / "runs").glob("*/trajectory")
+    assert max(Trajectory(recorded).steps) == 12  # the paper: 60 epochs of 100
+    (rule,) = (folder / "rule").iterdir()
+    flags = ["--rule", str(rule), "--rules", f"mine={rule}", "default", "--seeds", "1"]
+    arms = ["momentum", "sl2o", "sl2o_mine", "sl2o_default"]
+    result = resnet_cifar.main([*SMALL, *flags, "--output_dir", str(tmp_path), "--arms", *arms])
+    runs = result["runs"]
+    assert set(runs) == set(arms) and result["amortised"]["meta_training"] == 0 < paper["amortised"]["meta_training"]
+    assert runs["sl2o_mine"]["eval"] == runs["sl2o"]["eval"] != runs["sl2o_default"]["eval"]
+    (recorded,) = (tmp_path / "momentum" / "runs").glob("*/trajectory")
+    assert max(Trajectory(recorded).steps) == 20
 
 
 def test_a_second_start_runs_nothing_again(finished, monkeypatch):
@@ -115,6 +130,7 @@ def test_p_bfgs_minimises_a_quadratic_as_scipy_does():
         (["--train_rows", "10"], "10 are left, fewer than a batch of 32"),
         (["--num_classes", "100"], "the embedded images have 10 classes"),
         (["--rules", "nothing-there"], "nothing-there"),
+        (["--rules", "other=somewhere", "--arms", "sl2o_another"], r"'sl2o_another', expected any of .*'sl2o_other'"),
     ],
 )
 def test_bad_flags(tmp_path, flags, message):
