@@ -16,6 +16,9 @@ BLOCKS = {
     "rule-default-lora": ROOT / "recipes" / "results" / "rule_default_lora.json",
     "meta-cost": ROOT / "benchmarks" / "results" / "meta_training.json",
     "meta-processes": ROOT / "benchmarks" / "results" / "meta_processes.json",
+    "resnet8": ROOT / "recipes" / "results" / "resnet8_cifar.json",
+    "resnet20": ROOT / "recipes" / "results" / "resnet20_cifar.json",
+    "vit-lora": ROOT / "recipes" / "results" / "vit_lora_cifar.json",
 }
 
 
@@ -94,7 +97,33 @@ def meta_processes(result: dict) -> str:  # type: ignore[type-arg]
     return "\n".join(lines)
 
 
+def vision(result: dict) -> str:  # type: ignore[type-arg]
+    """Every arm, and in the same unit what was paid before."""
+    cost, recipe, runs = result["amortised"], result["recipe"], result["runs"]
+    levels = [f"`{name}`: {entry['target']:.3f}" for name, entry in result["steps_to"].items()]
+    levels += [f"`{name}`: {100 * entry['target']:.2f} %" for name, entry in result["steps_to_accuracy"].items()]
+    per_seed = "; ".join(
+        f"{arm} " + ", ".join(f"{100 * value:.2f}" for value in run["test_accuracy_per_seed"])
+        for arm, run in runs.items()
+    )
+    extraction = f", {cost['seconds']['extract']:.1f} s of PCA" if "extract" in cost["seconds"] else ""
+    return (
+        table(result)
+        + f"\n\nn = {result['n']:,}, {len(runs['sl2o']['seeds'])} seeds, batches of "
+        + f"{result['training']['per_device_train_batch_size']}, {result['training']['max_steps']} steps"
+        + (f" in the subspace, {recipe['trajectory_steps']} in the full space" if extraction else "")
+        + f". Levels on {result['data']['validation']['rows']} validation rows: {'; '.join(levels)}. "
+        + f"Test accuracy by seed, {result['data']['test']['rows']} rows, %: {per_seed}. "
+        + f"Paid once, in training steps: trajectory {cost['trajectory']} (chosen among runs of "
+        + f"{cost['other_recorded_runs']} more), meta-training {cost['meta_training']}{extraction}. "
+        + f"Made at commit {result['environment']['commit'][:7]}."
+    )
+
+
 MAKE = {
+    "resnet8": vision,
+    "resnet20": vision,
+    "vit-lora": vision,
     "e2e": e2e,
     "step-cost": step_cost,
     "rule-default": rule,
