@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,6 @@ from hf_sl2o import (
     SL2OTrainer,
     SL2OTrainingArguments,
 )
-from hf_sl2o.comparison import steps_to
 from hf_sl2o.files import load_json, save_json
 
 
@@ -128,22 +127,11 @@ class Bar(TrainerCallback):
         self.bar.close()
 
 
-def fastest(grid: list[Any], target: float) -> list[Any] | None:
-    """(units, learning rate, steps) of the run of a grid that reaches `target` first."""
-    reached = [[units, lr, steps_to(curve, target)] for units, lr, curve in grid]
-    return min((entry for entry in reached if entry[2] is not None), key=lambda entry: entry[2], default=None)
-
-
 def portable(value: Any) -> Any:
     """Absolute paths become their last part: results name no folder of the machine they were made on."""
     if isinstance(value, dict):
         return {key: portable(entry) for key, entry in value.items()}
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-
-def negated(curve: Sequence[Sequence[float]]) -> list[list[float]]:
-    """(step, -value): an accuracy as something to bring down."""
-    return [[step, -value] for step, value in curve]
 
 
 def final_loss(run: dict[str, Any]) -> float:

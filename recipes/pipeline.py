@@ -25,14 +25,13 @@ from arms import (
     Bar,
     PipelineArguments,
     RecipeTrainer,
-    fastest,
     final_loss,
-    negated,
     portable,
     stage,
     stamp,
     training_settings,
 )
+from levels import amortised, to_accuracies, to_losses
 from torch import nn
 from transformers import HfArgumentParser, PrinterCallback
 from transformers.training_args import OptimizerNames
@@ -56,7 +55,7 @@ from hf_sl2o import (
     TrajectoryCallback,
     fit_basis,
 )
-from hf_sl2o.comparison import environment, mean_curve, mean_steps_to, peak_bytes, plot, reset_peak, table
+from hf_sl2o.comparison import environment, mean_curve, peak_bytes, plot, reset_peak, table
 from hf_sl2o.files import load_json, save_json
 from hf_sl2o.trainer import last_complete_checkpoint, steps_done
 
@@ -395,46 +394,15 @@ class Pipeline:
 
     def compare(self, runs: dict[str, Any], stages: dict[str, Any]) -> dict[str, Any]:
         recipe = self.recipe
-        targets = self.targets(runs)
-        steps_to = {
-            name: {
-                "target": target,
-                "steps": {arm: mean_steps_to(run["eval_per_seed"], target) for arm, run in runs.items()},
-                # each arm at the learning rate of its grid that gets there first (first seed), not the chosen one
-                "fastest_of_grid": {arm: fastest(run["grid"], target) for arm, run in runs.items()},
-            }
-            for name, target in targets.items()
-        }
-        levels = self.accuracy_targets(runs)
-        steps_to_accuracy = {
-            name: {
-                "target": level,
-                "steps": {
-                    arm: mean_steps_to([negated(curve) for curve in run["accuracy_per_seed"]], -level)
-                    for arm, run in runs.items()
-                },
-            }
-            for name, level in levels.items()
-        }
-        cost = {"trajectory": recipe.trajectory_steps if "sample" in stages else 0, "meta_training": 0}
-        cost["meta_training"] = stages["meta"]["steps"] if "meta" in stages else 0
-        selection = max(0, len(self.recorded) - 1) * recipe.trajectory_steps
-        amortised = {
-            "unit": "training steps",
-            **cost,
-            "total": sum(cost.values()),
-            "other_recorded_runs": selection,  # learning rates and seeds the trajectory was chosen from
-            "seconds": {name: entry["seconds"] for name, entry in stages.items()},
-        }
         comparison = {
             "recipe": portable(dataclasses.asdict(recipe)),
             "data": self.data,
             "training": training_settings(self.args),
             "n": Layout.from_named_parameters(self.start.named_parameters()).n,
             "runs": runs,
-            "steps_to": steps_to,
-            "steps_to_accuracy": steps_to_accuracy,
-            "amortised": amortised,
+            "steps_to": to_losses(runs, self.targets(runs)),
+            "steps_to_accuracy": to_accuracies(runs, self.accuracy_targets(runs)),
+            "amortised": amortised(stages, recipe.trajectory_steps, len(self.recorded)),
             "meta_validation": stages.get("meta", {}).get("validation"),
             "explained_variance": stages.get("extract", {}).get("explained_variance"),
             "environment": environment(Path(__file__).parent),

@@ -1,0 +1,62 @@
+"""How many steps the arms of a recipe need to given losses and accuracies, and what was paid before they began."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hf_sl2o.comparison import mean_steps_to, steps_to
+
+
+def fastest(grid: list[Any], target: float) -> list[Any] | None:
+    """(units, learning rate, steps) of the run of a grid that reaches `target` first."""
+    reached = [[units, lr, steps_to(curve, target)] for units, lr, curve in grid]
+    return min((entry for entry in reached if entry[2] is not None), key=lambda entry: entry[2], default=None)
+
+
+def negated(curve: Sequence[Sequence[float]]) -> list[list[float]]:
+    """(step, -value): an accuracy as something to bring down."""
+    return [[step, -value] for step, value in curve]
+
+
+def to_losses(runs: Mapping[str, Any], targets: Mapping[str, float]) -> dict[str, Any]:
+    """Per target: every arm's mean steps over its seeds, None if one of them never gets there."""
+    return {
+        name: {
+            "target": target,
+            "steps": {arm: mean_steps_to(run["eval_per_seed"], target) for arm, run in runs.items()},
+            # each arm at the learning rate of its grid that gets there first (first seed), not the chosen one
+            "fastest_of_grid": {arm: fastest(run["grid"], target) for arm, run in runs.items()},
+        }
+        for name, target in targets.items()
+    }
+
+
+def to_accuracies(runs: Mapping[str, Any], levels: Mapping[str, float]) -> dict[str, Any]:
+    """Likewise for accuracies."""
+    return {
+        name: {
+            "target": level,
+            "steps": {
+                arm: mean_steps_to([negated(curve) for curve in run["accuracy_per_seed"]], -level)
+                for arm, run in runs.items()
+            },
+        }
+        for name, level in levels.items()
+    }
+
+
+def amortised(stages: Mapping[str, Any], trajectory_steps: int, recorded_runs: int) -> dict[str, Any]:
+    """What was paid once, in training steps, and the seconds of each stage."""
+    cost = {
+        "trajectory": trajectory_steps if "sample" in stages else 0,
+        "meta_training": stages["meta"]["steps"] if "meta" in stages else 0,
+    }
+    return {
+        "unit": "training steps",
+        **cost,
+        "total": sum(cost.values()),
+        # learning rates and seeds the trajectory was chosen from
+        "other_recorded_runs": max(0, recorded_runs - 1) * trajectory_steps,
+        "seconds": {name: entry["seconds"] for name, entry in stages.items()},
+    }
