@@ -57,7 +57,7 @@ class CifarArguments(PipelineArguments):
 
 
 class Epoch(TrainerCallback):
-    """Tells the training set which epoch it is, on which its crops depend."""
+    """Tells a training set which epoch it is, on which its crops depend."""
 
     def __init__(self, images: ImageSet) -> None:
         self.images = images

@@ -10,6 +10,8 @@ shuffled as a whole: a buffer of --shuffle_buffer images is.
 
 from __future__ import annotations
 
+import copy
+import io
 import itertools
 import logging
 import random
@@ -21,7 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 from arms import Arm, PipelineArguments, grid
-from cifar_pipeline import TRAINER_DEFAULTS, accuracy, load_rules, rule_arm
+from cifar_pipeline import TRAINER_DEFAULTS, Epoch, accuracy, load_rules, rule_arm
 from PIL import Image
 from pipeline import Pipeline, run_recipe
 from torch import nn
@@ -92,24 +94,28 @@ def pixels(image: Image.Image, size: int, chance: random.Random | None) -> torch
 
 
 class Pictures(torch.utils.data.Dataset[Any]):
-    """Rows of an image folder as the model takes them; crops follow from the seed and the row.
+    """Rows of a split as the model takes them; crops follow from the seed, `epoch` and the row.
 
     Args:
-        rows (`datasets.Dataset`): Columns `image` and `label`.
+        rows (`Sequence`): Mappings with `image` and `label`; images as PIL has them, or as
+            `{"bytes", "path"}` of a file, one of which may be None.
         size (`int`): Pixels on a side.
         seed (`int`, *optional*): Of random crops; None: the middle.
     """
 
     def __init__(self, rows: Any, size: int, seed: int | None) -> None:
-        self.rows, self.size, self.seed = rows, size, seed
+        self.rows, self.size, self.seed, self.epoch = rows, size, seed, 0
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        chance = None if self.seed is None else random.Random(f"{self.seed}-{index}")
-        return {"pixel_values": pixels(row["image"], self.size, chance), "labels": row["label"]}
+        image = row["image"]
+        if isinstance(image, dict):
+            image = Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
+        chance = None if self.seed is None else random.Random(f"{self.seed}-{self.epoch}-{index}")
+        return {"pixel_values": pixels(image, self.size, chance), "labels": row["label"]}
 
 
 def image_folder(folder: str) -> dict[str, Any]:
@@ -150,14 +156,15 @@ class Recipe(Pipeline):
     def __init__(self, recipe: RecipeArguments, args: SL2OTrainingArguments) -> None:
         self.size, self.seed = recipe.image_size, args.seed
         if recipe.data == "hub":
-            from datasets import load_dataset
+            import datasets
 
-            stream = load_dataset("ILSVRC/imagenet-1k", split="train", streaming=True)
+            stream = datasets.load_dataset("ILSVRC/imagenet-1k", split="train", streaming=True)
             stream = stream.shuffle(seed=args.seed, buffer_size=recipe.shuffle_buffer)
-            held = load_dataset("ILSVRC/imagenet-1k", split="validation", streaming=True)
             classes = stream.features["label"].num_classes
-            self.train_set: Any = self.transformed(stream, True)
-            self.validation_set: Any = list(self.transformed(held.take(recipe.eval_rows), False))
+            held = datasets.load_dataset("ILSVRC/imagenet-1k", split="validation", streaming=True)
+            files = held.cast_column("image", datasets.Image(decode=False)).take(recipe.eval_rows)  # kept as they are
+            self.train_set: Any = self.transformed(stream)
+            self.validation_set = Pictures(list(files), self.size, None)
             train_rows = None
         else:
             splits = image_folder(recipe.data)
@@ -184,8 +191,8 @@ class Recipe(Pipeline):
         self.arms = {**ARMS, **{name: ARMS["sl2o"] for name in self.extra_rules}}
         self.begin(recipe, args, recipe.model, recipe.image_size, self.data)
 
-    def transformed(self, stream: Any, training: bool) -> Any:
-        chance = random.Random(self.seed) if training else None
+    def transformed(self, stream: Any) -> Any:
+        chance = random.Random(self.seed)
 
         def transform(row: Mapping[str, Any]) -> dict[str, Any]:
             return {"pixel_values": pixels(row["image"], self.size, chance), "labels": row["label"]}
@@ -200,6 +207,7 @@ class Recipe(Pipeline):
             "eval_dataset": self.validation_set,
             "data_collator": stacked,
             "compute_metrics": accuracy,
+            "callbacks": [Epoch(self.train_set)] if isinstance(self.train_set, Pictures) else [],
         }
 
     def full_space(self, name: str, folder: Path, lr: float, seed: int) -> SL2OTrainingArguments:
@@ -219,9 +227,11 @@ class Recipe(Pipeline):
                     yield stacked(chosen)
         generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF)
         while True:
-            order = torch.randperm(len(self.train_set), generator=generator).tolist()
+            rows = copy.copy(self.train_set)  # with crops of its own
+            rows.epoch = int(torch.randint(2**31, (), generator=generator))
+            order = torch.randperm(len(rows), generator=generator).tolist()
             for start in range(0, len(order) - size + 1, size):
-                yield stacked([self.train_set[index] for index in order[start : start + size]])
+                yield stacked([rows[index] for index in order[start : start + size]])
 
     def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
         device = self.args.device

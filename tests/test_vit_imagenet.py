@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -42,7 +43,31 @@ def test_all_stages(finished):
     assert (out / "sl2o" / "checkpoint-4" / "model.safetensors").is_file()
 
 
-def test_crops_stay_inside_and_follow_from_seed_and_row(folder):
+def test_a_stream_in_place_of_the_folder(folder, tmp_path, monkeypatch):
+    """What `--data hub` reads, with the Hub's dataset replaced by a stream of the folder's files."""
+    load = datasets.load_dataset
+
+    def stream(name, split, streaming):
+        assert name == "ILSVRC/imagenet-1k" and streaming
+        return load("imagefolder", data_dir=str(folder), split=split, streaming=True)
+
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    flags = ["--data", "hub", "--shuffle_buffer", "16", "--output_dir", str(tmp_path)]
+    result = vit_imagenet.main([*SMALL, *flags, "--arms", "sl2o", "adamw"])
+    assert result["data"] == {"train": {"rows": None}, "validation": {"rows": 20}, "classes": 10}
+    for run in result["runs"].values():
+        assert all(0 < loss < 10 for _, loss in run["eval"]) and len(run["accuracy_per_seed"][0]) == len(run["eval"])
+
+
+def test_a_file_and_its_picture_give_the_same_pixels(folder):
+    path = next((folder / "train").rglob("*.png"))
+    files = {"bytes": path.read_bytes(), "path": None}, {"bytes": None, "path": str(path)}, Image.open(path)
+    rows = [{"image": image, "label": 3} for image in files]
+    one, other, third = (vit_imagenet.Pictures(rows, 32, None)[index]["pixel_values"] for index in range(3))
+    assert torch.equal(one, other) and torch.equal(one, third)
+
+
+def test_crops_stay_inside_and_follow_from_seed_epoch_and_row(folder):
     rows = vit_imagenet.image_folder(str(folder))["train"]
     train, again, other = (vit_imagenet.Pictures(rows, 32, seed) for seed in (0, 0, 1))
     middle = vit_imagenet.Pictures(rows, 32, None)
@@ -51,6 +76,9 @@ def test_crops_stay_inside_and_follow_from_seed_and_row(folder):
         assert value.shape == (3, 32, 32) and -1 <= value.min() < value.max() <= 1
         assert torch.equal(value, again[index]["pixel_values"])
         assert not torch.equal(value, other[index]["pixel_values"])
+        again.epoch = 1
+        assert not torch.equal(value, again[index]["pixel_values"])
+        again.epoch = 0
         assert torch.equal(middle[index]["pixel_values"], middle[index]["pixel_values"])
     flat = Image.new("RGB", (50, 40), (255, 0, 127))
     assert vit_imagenet.pixels(flat, 16, None)[:, 3, 3].tolist() == pytest.approx([1.0, -1.0, 127 / 127.5 - 1])
