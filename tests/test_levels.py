@@ -1,0 +1,46 @@
+"""recipes/levels.py by hand: steps to losses and to accuracies, the fastest rate of a grid, what was paid before."""
+
+import pytest
+
+from recipes.levels import amortised, fastest, to_accuracies, to_losses
+
+RUNS = {
+    "one": {
+        "eval_per_seed": [[[0, 2.0], [10, 1.0], [20, 0.5]], [[0, 2.0], [10, 1.5], [20, 0.9]]],
+        "accuracy_per_seed": [[[0, 0.1], [10, 0.6], [20, 0.7]], [[0, 0.1], [10, 0.2], [20, 0.6]]],
+        "grid": [["std", 0.1, [[0, 2.0], [10, 1.0]]], ["std", 1.0, [[0, 2.0], [5, 0.8], [10, 1.2]]]],
+    },
+    "two": {
+        "eval_per_seed": [[[0, 2.0], [10, 0.9]], [[0, 2.0], [10, 1.1]]],
+        "accuracy_per_seed": [[[0, 0.1], [10, 0.6]], [[0, 0.1], [10, 0.59]]],
+        "grid": [["std", 0.1, [[0, 2.0], [10, 1.6]]]],
+    },
+}
+
+
+def test_steps_to_a_loss_are_means_and_none_where_a_seed_never_gets_there():
+    found = to_losses(RUNS, {"level": 1.0})["level"]
+    assert found["target"] == 1.0 and found["steps"] == {"one": 15.0, "two": None}
+    assert found["fastest_of_grid"] == {"one": ["std", 1.0, 5], "two": None}
+    assert fastest(RUNS["one"]["grid"], 1.7) == ["std", 1.0, 5]
+
+
+def test_steps_to_an_accuracy_count_upwards():
+    found = to_accuracies(RUNS, {"best": 0.6, "less": 0.59})
+    assert found["best"]["steps"] == {"one": 15.0, "two": None}
+    assert found["less"]["steps"] == {"one": 15.0, "two": 10.0}
+
+
+@pytest.mark.parametrize(
+    ("stages", "total"),
+    [
+        ({}, 0),
+        ({"sample": {"seconds": 3.0}, "meta": {"seconds": 2.0, "steps": 500}}, 1500),
+        ({"meta": {"seconds": 2.0, "steps": 500}}, 500),
+    ],
+)
+def test_what_was_paid_is_in_training_steps(stages, total):
+    cost = amortised(stages, 1000, 4)
+    assert cost["total"] == total == cost["trajectory"] + cost["meta_training"]
+    assert cost["other_recorded_runs"] == 3000 and set(cost["seconds"]) == set(stages)
+    assert amortised(stages, 1000, 0)["other_recorded_runs"] == 0
