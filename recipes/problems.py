@@ -153,6 +153,35 @@ def with_batch_statistics(build: Callable[[], nn.Module]) -> Callable[[], nn.Mod
     return model
 
 
+def figures_cnn(data: str) -> Problem:
+    """Generated figures of 16 x 16 pixels, four convolutions with BatchNorm; a fifth of the labels is random."""
+    sets = {}
+    for split in ("train", "test"):
+        images, labels = cached_cifar("embedded", split, tuple(range(10)))
+        sets[split] = nn.functional.avg_pool2d(normalize(images), 2), labels
+
+    def noisy(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        random = torch.randint(10, labels.shape, generator=generator)
+        return torch.where(torch.rand(labels.shape, generator=generator) < 0.2, random, labels)
+
+    def batches(part: str, seed: int) -> Iterator[Any]:
+        generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF)
+        x, y = sets["train"]
+        while True:
+            take = torch.randint(len(y), (64,), generator=generator)
+            yield x[take], noisy(y[take], generator)
+
+    def build() -> nn.Module:
+        layers: list[nn.Module] = []
+        for before, after, stride in ((3, 12, 1), (12, 12, 1), (12, 24, 2), (24, 24, 2)):
+            layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10))
+
+    x, y = sets["test"]
+    evals = [(x[:1000], noisy(y[:1000], torch.Generator().manual_seed(97)))]
+    return Problem(seeded(with_batch_statistics(build)), batches, cross_entropy, lambda part: evals, 1e-2, 1200)
+
+
 @functools.cache
 def cached_cifar(source: str, split: str, classes: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     return load_cifar(source, split, classes=classes)
@@ -310,6 +339,7 @@ PROBLEMS: dict[str, Callable[[str], Problem]] = {
     "quadratic": quadratic,
     "teacher": teacher,
     "digits-mlp": digits_mlp,
+    "figures-cnn": figures_cnn,
     "e2e-gpt2": e2e_gpt2,
     "docs-gpt2": docs_gpt2,
     "docs-gru": docs_gru,
