@@ -5,7 +5,7 @@ Importing the package adds `optim="sl2o"`, `"subspace_adamw"` and `"subspace_sgd
 
 from .arguments import SL2OTrainingArguments
 from .batch_norm import BatchNormCallback, recalibrate_batch_norm
-from .callbacks import SubspaceLogCallback, TrajectoryCallback
+from .callbacks import AverageCallback, SubspaceLogCallback, TrajectoryCallback
 from .estimators import PES, Estimator, FirstOrder, SecondOrder, unroll
 from .meta import MetaTrainer
 from .meta_arguments import MetaTrainingArguments
@@ -19,6 +19,7 @@ from .trainer import SL2OTrainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "AverageCallback",
     "Basis",
     "BatchNormCallback",
     "DenseBasis",

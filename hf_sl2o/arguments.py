@@ -52,6 +52,13 @@ class SL2OTrainingArguments(TrainingArguments):
         default=None, metadata={"help": '"std" or "orthonormal"; default: the units the basis was saved with.'}
     )
     sl2o_momentum: float = field(default=0.0, metadata={"help": "Of subspace_sgd; the paper's Momentum has 0.9."})
+    sl2o_average: float | None = field(
+        default=None,
+        metadata={
+            "help": "eta of a running average of the coefficients, at which the model is evaluated and saved; step t "
+            "weighs as t^eta. Default: none."
+        },
+    )
     sl2o_outside: str = field(
         default="freeze",
         metadata={"help": 'Trainable parameters outside the basis: "freeze", or "adamw" (a second param group).'},
@@ -75,6 +82,8 @@ class SL2OTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.sl2o_units not in (None, "std", "orthonormal"):
             raise ValueError(f'sl2o_units is {self.sl2o_units!r}, expected "std" or "orthonormal"')
+        if self.sl2o_average is not None and not self.sl2o_average >= 0:
+            raise ValueError(f"sl2o_average is {self.sl2o_average}, expected a number >= 0, or None for no average")
         if self.sl2o_outside not in ("freeze", "adamw"):
             raise ValueError(f'sl2o_outside is {self.sl2o_outside!r}, expected "freeze" or "adamw"')
         if self.sl2o_warmup_steps:

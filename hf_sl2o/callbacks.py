@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import DefaultFlowCallback, Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import TrainingArguments
@@ -136,3 +136,39 @@ class SubspaceLogCallback(TrainerCallback):
         logs.update(values)
         if state.log_history:
             state.log_history[-1].update(values)
+
+
+class AverageCallback(TrainerCallback):
+    """Evaluates and saves at the running average of the coefficients; every Trainer gets one where it is kept.
+
+    It runs before the callbacks of users, so that [`BatchNormCallback`] sees the averaged weights. Training goes on
+    from the last coefficients, and ends at the average.
+    """
+
+    @classmethod
+    def attach(cls, trainer: Trainer) -> None:
+        """Puts one behind the callback that says when to evaluate and to save, unless the trainer has one."""
+        callbacks = trainer.callback_handler.callbacks
+        if not any(isinstance(callback, cls) for callback in callbacks):
+            flow = [index for index, callback in enumerate(callbacks) if isinstance(callback, DefaultFlowCallback)]
+            callbacks.insert(flow[0] + 1 if flow else 0, cls())
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = unwrap_optimizer(kwargs.get("optimizer"))
+        if isinstance(optimizer, SubspaceOptimizer):
+            optimizer.use_last()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = unwrap_optimizer(kwargs.get("optimizer"))
+        due = control.should_evaluate or control.should_save or state.global_step >= state.max_steps
+        if due and isinstance(optimizer, SubspaceOptimizer):
+            optimizer.use_average()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.on_step_end(args, state, control, **kwargs)

@@ -110,6 +110,7 @@ class Arm:
         basis ([`Basis`], *optional*): Instead of the task's: a random one, or the identity for the full space.
         key (`str`, *optional*, defaults to the arm's name): Tells its kept runs from those of others, such as a
             rule's fingerprint.
+        average (`float`, *optional*): Evaluate at the running average of the coefficients with this eta.
     """
 
     make: Callable[[float], Callable[[list[torch.Tensor]], torch.optim.Optimizer]]
@@ -117,6 +118,7 @@ class Arm:
     units: str = "std"
     key: str = ""
     basis: Basis | None = None
+    average: float | None = None
 
 
 def compare_on(
@@ -156,11 +158,13 @@ def compare_on(
     def run(name: str, arm: Arm, lr: float, seed: int) -> dict[str, Any]:
         basis = task.basis if arm.basis is None else arm.basis
         where = basis.fingerprint, arm.units, steps, schedule, eval_every
-        path = cache / task.name / f"{arm.key or name}-{lr:g}-seed-{seed}.json"
+        at_mean = "" if arm.average is None else f"-average-{arm.average:g}"
+        path = cache / task.name / f"{arm.key or name}{at_mean}-{lr:g}-seed-{seed}.json"
         known = load_json(path) if path.is_file() else {}
         if known.get("key") != list(where):
             at = dataclasses.replace(task, basis=basis.with_units(arm.units))
-            result = train_on(at, arm.make(lr), steps, seed=seed, schedule=schedule, evaluate_at=points, **options)
+            given = {"seed": seed, "schedule": schedule, "evaluate_at": points, "average": arm.average, **options}
+            result = train_on(at, arm.make(lr), steps, **given)
             known = {"key": list(where), "eval": result["eval"], "seconds": result["seconds"]}
             save_json(path, known)
         return known

@@ -15,6 +15,7 @@ from transformers import trainer, trainer_optimizer
 from transformers.training_args import OptimizerNames, TrainingArguments
 
 from .arguments import OPTIMIZERS, SL2OTrainingArguments
+from .callbacks import AverageCallback, unwrap_optimizer
 from .optim import Inner, LearnedOptimizer, SubspaceOptimizer
 from .rule import Rule
 from .subspace import Basis
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SHIPPED_RULES = Path(__file__).parent / "pretrained"
 
-_OPTIM_ARGS = ("basis", "rule", "lr", "units", "momentum", "outside")
+_OPTIM_ARGS = ("basis", "rule", "lr", "units", "momentum", "average", "outside")
 
 
 def load_rule(rule: str | Path | Rule | None, *, with_basis: bool) -> Rule:
@@ -59,6 +60,7 @@ def build_optimizer(
     lr: float | None = None,
     units: str | None = None,
     momentum: float = 0.0,
+    average: float | None = None,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     outside: str = "freeze",
@@ -76,6 +78,7 @@ def build_optimizer(
         lr (`float`, *optional*): Defaults to 1.0 (sl2o, subspace_sgd) or 0.3 (subspace_adamw).
         units (`str`, *optional*): `"std"` or `"orthonormal"`; defaults to the units the basis was saved with.
         momentum (`float`, *optional*, defaults to 0.0): Of subspace_sgd; the paper's Momentum has 0.9.
+        average (`float`, *optional*): eta of a running average of the coefficients, see [`SubspaceOptimizer`].
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): Of subspace_adamw.
         eps (`float`, *optional*, defaults to 1e-8): Of subspace_adamw.
         outside (`str`, *optional*, defaults to `"freeze"`): What happens to trainable parameters the basis does not
@@ -84,7 +87,7 @@ def build_optimizer(
         total_steps (`int`, *optional*): Steps of the run, for a rule that sees the share that is done.
 
     Raises:
-        `ValueError`: an unknown name, or a basis that is missing or does not fit the model.
+        `ValueError`: an unknown name; a basis that is missing or does not fit the model; an average without a basis.
         `FileNotFoundError`: a basis or rule that is not there; says what was looked for where.
     """
     if optim not in OPTIMIZERS:
@@ -96,6 +99,10 @@ def build_optimizer(
             raise ValueError(
                 f'optim="{optim}" needs a basis and got none; pass sl2o_basis=..., or optim_args="basis=PATH_OR_ID" '
                 "(make one with TrajectoryCallback and fit_basis)"
+            )
+        if average is not None:
+            raise ValueError(
+                f"average is {average} and there is no basis; only coefficients of a basis are averaged: pass a basis"
             )
         trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
         return LearnedOptimizer(trainable, load_rule(rule, with_basis=False), lr=lr, total_steps=total_steps)
@@ -110,7 +117,8 @@ def build_optimizer(
         inner = lambda c: torch.optim.AdamW(c, lr=lr, betas=betas, eps=eps, weight_decay=0.0)  # noqa: E731
     else:
         inner = lambda c: torch.optim.SGD(c, lr=lr, momentum=momentum)  # noqa: E731
-    return SubspaceOptimizer(named_parameters, basis, inner, max_grad_norm=max_grad_norm, outside=_outside(outside))
+    options: dict[str, Any] = {"max_grad_norm": max_grad_norm, "average": average, "outside": _outside(outside)}
+    return SubspaceOptimizer(named_parameters, basis, inner, **options)
 
 
 class SubspaceOptimizerFactory:
@@ -151,10 +159,11 @@ def _handler(context: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str
             rule=args.sl2o_rule,
             units=args.sl2o_units,
             momentum=args.sl2o_momentum,
+            average=args.sl2o_average,
             outside=args.sl2o_outside,
         )
     options.update(given)
-    for key in ("lr", "momentum"):
+    for key in ("lr", "momentum", "average"):
         if key in given:
             try:
                 options[key] = float(given[key])
@@ -235,6 +244,9 @@ def _create_scheduler(self: trainer.Trainer, num_training_steps: int, *args: Any
     for group in getattr(self.optimizer, "param_groups", ()):
         if "rule_fingerprint" in group and group["total_steps"] is None:
             group["total_steps"] = num_training_steps
+    optimizer = unwrap_optimizer(self.optimizer)
+    if isinstance(optimizer, SubspaceOptimizer) and optimizer.average is not None:
+        AverageCallback.attach(self)
     return _make_scheduler(self, num_training_steps, *args, **kwargs)
 
 
@@ -245,7 +257,8 @@ def register() -> None:
     """Adds our names to transformers; importing hf_sl2o does it, and doing it again changes nothing.
 
     Also makes Trainer's parser of `optim_args` say what it could not read, and `create_scheduler` tell a rule that
-    sees the share of the run that is done how many steps the run has.
+    sees the share of the run that is done how many steps the run has, and add an [`AverageCallback`] where the
+    optimizer keeps an average.
 
     Raises:
         `ImportError`: transformers has moved what this hooks into.

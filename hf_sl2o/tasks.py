@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from .optim import average_weight
 from .subspace import Basis
 
 
@@ -209,6 +210,7 @@ def train_on(
     schedule: str = "constant",
     evaluate_at: Collection[int] = (),
     metric: Callable[[nn.Module], float] | None = None,
+    average: float | None = None,
     device: torch.device | None = None,
     autocast: torch.dtype | None = None,
 ) -> dict[str, Any]:
@@ -223,6 +225,8 @@ def train_on(
         schedule (`str`, *optional*, defaults to `"constant"`): `"constant"` or `"linear"` (to zero at the last step).
         evaluate_at (`Collection[int]`, *optional*): Steps after which the held-out loss is taken; 0: before training.
         metric (`Callable`, *optional*): Also taken there, such as an accuracy.
+        average (`float`, *optional*): Evaluate at the running average of the coefficients with this eta, as
+            [`SubspaceOptimizer`] does.
         device, autocast (*optional*): As for [`InnerRun`].
 
     Raises:
@@ -258,10 +262,16 @@ def train_on(
     inner = optimizer(list(parts))
     base = [float(group["lr"]) for group in inner.param_groups]
     losses, evals, spent = [], [], 0.0
+    mean = c.clone()
 
     def take(step: int) -> None:
         if step in evaluate_at:
+            away = None if average is None else mean - c
+            if away is not None:
+                run.move(away)
             evals.append([step, float(run.evaluate()), *([] if metric is None else [metric(run.model)])])
+            if away is not None:
+                run.move(-away)
 
     take(0)
     for step in range(steps):
@@ -274,6 +284,8 @@ def train_on(
         before = c.clone()
         inner.step()
         run.move(c - before)
+        if average is not None:
+            mean.lerp_(c, average_weight(step + 1, average))
         losses.append(loss)
         spent += time.perf_counter() - start
         take(step + 1)

@@ -1,4 +1,4 @@
-"""What both optimizers need: a guard against non-finite gradients, and loading that keeps fp32 state in fp32."""
+"""What the optimizers share: a guard against non-finite gradients, loading that keeps fp32 state, an average."""
 
 from __future__ import annotations
 
@@ -77,3 +77,24 @@ def check_same(what: str, ours: Any, state_dict: dict[str, Any], key: str) -> No
                 f"the saved optimizer state was made with another {what} ({group[key]}, this one is {ours}); resume "
                 f"with the {what} of that run, or start a new run"
             )
+
+
+def average_weight(step: float | torch.Tensor, eta: float) -> float:
+    """Returns what step t, counted from 1, weighs in the running average: (eta + 1) / (t + eta).
+
+    The average over t steps then weighs step i about as i^eta: 0 is the plain mean, larger values forget the beginning
+    (polynomial-decay averaging, Shamir and Zhang, 2013). It needs no length of the run.
+
+    Args:
+        step (`float` or 0-d `torch.Tensor` on the CPU): t.
+        eta (`float`): At least 0.
+
+    Example:
+
+    ```python
+    >>> from hf_sl2o.optim import average_weight
+    >>> [average_weight(t, 0.0) for t in (1, 2, 4)]
+    [1.0, 0.5, 0.25]
+    ```
+    """
+    return (eta + 1) / (float(step) + eta)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from ..rule import Rule
 from ..subspace import Basis
-from ._common import NonFiniteGuard, check_same, load_keeping_dtypes
+from ._common import NonFiniteGuard, average_weight, check_same, load_keeping_dtypes
 from .learned import LearnedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -41,11 +41,14 @@ class SubspaceOptimizer(Optimizer):
         basis ([`Basis`]): The subspace; moved to the parameters' device.
         inner ([`Rule`], or a callable `[c] -> torch.optim.Optimizer`): What moves c, an fp32 tensor of shape `(d,)`.
         max_grad_norm (`float`, *optional*, defaults to 0.0): Clip the *projected* gradient to this norm; 0: never.
+        average (`float`, *optional*): eta >= 0 of a running average of c, in which step t weighs as t^eta;
+            `use_average` moves the weights there for evaluation or saving, `use_last` back. It costs d numbers, not n.
         outside (callable `[parameters] -> torch.optim.Optimizer`, *optional*): Trains the trainable parameters outside
             the basis (a new head) in a second param group. By default they are left alone, and named in a warning.
 
     Raises:
-        `ValueError`: the model's names or shapes differ from the basis (the first difference is named).
+        `ValueError`: the model's names or shapes differ from the basis (the first difference is named); a negative
+            `average`.
         `NotImplementedError`: an inner optimizer that needs a closure (LBFGS), or `differentiable=True`.
 
     Example:
@@ -70,8 +73,11 @@ class SubspaceOptimizer(Optimizer):
         inner: Rule | Inner,
         *,
         max_grad_norm: float = 0.0,
+        average: float | None = None,
         outside: Inner | None = None,
     ) -> None:
+        if average is not None and not average >= 0:
+            raise ValueError(f"average is {average}, expected a number >= 0, or None for no average")
         params = list(params)
         if params and isinstance(params[0], dict):
             raise ValueError(
@@ -96,6 +102,9 @@ class SubspaceOptimizer(Optimizer):
         self._anchors: list[torch.Tensor] | None = None
         self._pending: torch.Tensor | None = None  # (d,) the clipped projected gradient, made ahead of `step`
         self._delta = torch.zeros_like(c)  # (d,) the last movement of c
+        self.average = average
+        self._mean = None if average is None else torch.zeros_like(c, requires_grad=False)  # (d,)
+        self._at_average = False  # where the weights are
         self._non_finite = NonFiniteGuard()
         self._building = True
         inner_group = {key: value for key, value in self._inner.param_groups[0].items() if key != "params"}
@@ -148,7 +157,10 @@ class SubspaceOptimizer(Optimizer):
 
     # State
 
-    _OWN = ("basis", "max_grad_norm", "_inner", "_outside", "_anchors", "_delta", "_building")
+    _OWN = (
+        "basis", "max_grad_norm", "average", "_inner", "_outside", "_anchors", "_delta", "_mean", "_at_average",
+        "_building",
+    )  # fmt: skip
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in self._OWN}}
@@ -168,9 +180,13 @@ class SubspaceOptimizer(Optimizer):
         return self._inner
 
     @property
+    def _here(self) -> torch.Tensor:
+        return self._mean if self._at_average and self._mean is not None else self._c.detach()
+
+    @property
     def coefficients(self) -> torch.Tensor:
-        """A copy of c, of shape `(d,)`."""
-        return self._c.detach().clone()
+        """A copy of c, of shape `(d,)`, where the weights are: after `use_average` that of the average."""
+        return self._here.clone()
 
     @property
     def last_delta(self) -> torch.Tensor:
@@ -191,6 +207,9 @@ class SubspaceOptimizer(Optimizer):
             for p in params:  # an entry for each parameter, or sharded loading refuses the state
                 self.state[p]["step"] = step
         first["coefficients"] = self._c.detach()
+        if self._mean is not None:
+            first["average"] = self._mean
+            first["at_average"] = torch.tensor(float(self._at_average))
         for key, value in self._inner.state[self._c].items():
             if torch.is_tensor(value):
                 first["inner_step" if key == "step" else key] = value
@@ -208,11 +227,20 @@ class SubspaceOptimizer(Optimizer):
             step = first["step"].detach().clone().cpu()
             for p in params:
                 self.state[p]["step"] = step
-            inner_state = {key: value for key, value in first.items() if key not in ("step", "coefficients")}
+            own = ("step", "coefficients", "average", "at_average")
+            inner_state = {key: value for key, value in first.items() if key not in own}
             if "inner_step" in inner_state:
                 inner_state["step"] = inner_state.pop("inner_step").detach().clone()
         with torch.no_grad():
             self._c.copy_(first["coefficients"] if first else torch.zeros_like(self._c))
+            if self._mean is not None:  # a state without one: the average begins at its coefficients
+                self._mean = first.get("average", self._c.detach()).clone() if first else torch.zeros_like(self._mean)
+        self._at_average = bool(first.get("at_average", 0.0)) if first else False
+        if self._at_average and self._mean is None:
+            raise ValueError(
+                "the saved weights are at the average of the coefficients, and this optimizer keeps none; resume with "
+                "the same average=... (sl2o_average)"
+            )
         groups = self._inner.state_dict()["param_groups"]
         self._inner.load_state_dict({"state": {0: inner_state} if inner_state else {}, "param_groups": groups})
         if first:
@@ -227,10 +255,35 @@ class SubspaceOptimizer(Optimizer):
         coefficients = coefficients.to(self._c)
         if move_weights:
             self._keep_anchors()
-            self._move(coefficients - self._c, coefficients)
+            self._move(coefficients - self._here, coefficients)
         else:
             self._anchors = None
         self._c.copy_(coefficients)
+        self._at_average = False
+        if self._mean is not None:
+            self._mean = coefficients.clone()
+
+    # The running average
+
+    def use_average(self) -> None:
+        """Moves the weights to the running average of c; nothing to do if they are there, or none is kept."""
+        if self._mean is not None:
+            self._go(True)
+
+    def use_last(self) -> None:
+        """Moves the weights back to c, from where training goes on."""
+        self._go(False)
+
+    @torch.no_grad()
+    def _go(self, to_average: bool) -> None:
+        if self._at_average == to_average:
+            return
+        self._keep_anchors()
+        before = self._here.clone()
+        self._at_average = to_average
+        self._move(self._here - before, self._here)
+        if self.state[self.param_groups[0]["params"][0]]:
+            self._publish()
 
     # The step
 
@@ -270,7 +323,7 @@ class SubspaceOptimizer(Optimizer):
                 self._anchors = []
             else:
                 self._anchors = [p.detach().clone() for p in params]
-                self.basis.assign_(self._anchors, self._anchors, -self._c)
+                self.basis.assign_(self._anchors, self._anchors, -self._here)
 
     def _move(self, delta: torch.Tensor, coefficients: torch.Tensor) -> None:
         params = self.param_groups[0]["params"]
@@ -291,6 +344,11 @@ class SubspaceOptimizer(Optimizer):
         group = self.param_groups[0]
         if all(p.grad is None for p in group["params"]):
             return loss
+        if self._at_average:
+            raise RuntimeError(
+                "the weights are at the average of the coefficients, and so is this gradient; call use_last() before "
+                "the forward pass"
+            )
         inner_group = self._inner.param_groups[0]
         inner_group.update({key: group[key] for key in inner_group if key not in ("params", "param_names")})
 
@@ -317,7 +375,10 @@ class SubspaceOptimizer(Optimizer):
         if torch.is_tensor(group["lr"]) or group["lr"] != 0:  # at lr 0 not even the sign of a zero changes
             self._move(self._delta, c.detach())
         self._publish()
-        self.state[group["params"][0]]["step"] += 1
+        step = self.state[group["params"][0]]["step"]
+        step += 1
+        if self._mean is not None and self.average is not None:
+            self._mean.lerp_(c.detach(), average_weight(step, self.average))
         if not group.get("capturable"):
             self._non_finite.check()
         return loss

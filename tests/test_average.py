@@ -1,0 +1,221 @@
+"""The running average of the coefficients: against the definition, in a loop, in Trainers, resumed, in `train_on`."""
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerCallback
+
+from hf_sl2o import (
+    AverageCallback,
+    Layout,
+    RandomBasis,
+    SL2OTrainer,
+    SL2OTrainingArguments,
+    SubspaceOptimizer,
+    Task,
+    train_on,
+)
+from hf_sl2o.optim import average_weight
+from hf_sl2o.registry import build_optimizer
+from tests.conftest import Tokens, random_dense, tiny_gpt2
+
+
+def small(dtype=torch.float32):
+    torch.manual_seed(0)
+    model = torch.nn.Linear(30, 20).to(dtype)
+    return model, RandomBasis(Layout.from_named_parameters(model.named_parameters()), dim=4).to_dense()
+
+
+def optimizer_of(model, basis, **options):
+    return SubspaceOptimizer(
+        model.named_parameters(), basis, lambda c: torch.optim.SGD(c, lr=0.1, momentum=0.9), **options
+    )
+
+
+def batch(step):
+    return torch.randn(8, 30, generator=torch.Generator().manual_seed(step))
+
+
+def run(model, optimizer, steps, start=0):
+    course = []
+    for step in range(start, start + steps):
+        optimizer.zero_grad()
+        model(batch(step).to(model.weight.dtype)).square().mean().backward()
+        optimizer.step()
+        course.append(optimizer.coefficients)
+    return course
+
+
+@pytest.mark.parametrize("eta", [0.0, 4.0])
+def test_the_average_is_that_of_the_definition_and_the_run_is_not_changed(eta):
+    model, basis = small()
+    optimizer = optimizer_of(model, basis, average=eta)
+    course = run(model, optimizer, 12)
+    expected = torch.zeros(4)
+    for t, c in enumerate(course, 1):
+        expected = expected + (eta + 1) / (t + eta) * (c - expected)
+    if eta == 0:
+        torch.testing.assert_close(expected, torch.stack(course).mean(0))
+    else:  # step i weighs about as i^eta: the last third has most of the weight
+        weights = torch.arange(1, 13) ** eta
+        assert (expected - (weights @ torch.stack(course)) / weights.sum()).norm() < 0.2 * expected.norm()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.use_average()
+    torch.testing.assert_close(optimizer.coefficients, expected)
+    moved = [p - old for p, old in zip(model.parameters(), before, strict=True)]
+    torch.testing.assert_close(basis.project(moved), (expected - course[-1]) * basis.units**2, rtol=1e-3, atol=1e-5)
+    optimizer.use_average()  # nothing to do
+    optimizer.use_last()
+    for p, old in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(p, old, rtol=0, atol=1e-6)
+    plain, same = small()
+    for ours, theirs in zip(course, run(plain, optimizer_of(plain, same), 12), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_weights_below_fp32_come_back_to_the_bit():
+    model, basis = small(torch.bfloat16)
+    optimizer = optimizer_of(model, basis, average=4.0)
+    run(model, optimizer, 5)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.use_average()
+    assert any(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    optimizer.use_last()
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("at_average", [False, True])
+def test_a_saved_run_goes_on_where_it_was(at_average):
+    model, basis = small()
+    optimizer = optimizer_of(model, basis, average=4.0)
+    run(model, optimizer, 5)
+    if at_average:
+        optimizer.use_average()
+    weights, state = {k: v.clone() for k, v in model.state_dict().items()}, optimizer.state_dict()
+    other, same = small()
+    other.load_state_dict(weights)
+    resumed = optimizer_of(other, same, average=4.0)
+    resumed.load_state_dict(state)
+    assert torch.equal(resumed.coefficients, optimizer.coefficients)
+    for part in (optimizer, resumed):
+        part.use_last()
+    for ours, theirs in zip(run(model, optimizer, 4, 5), run(other, resumed, 4, 5), strict=True):
+        assert torch.equal(ours, theirs)
+    for part in (optimizer, resumed):
+        part.use_average()
+    assert torch.equal(resumed.coefficients, optimizer.coefficients)
+    if at_average:
+        with pytest.raises(ValueError, match="this optimizer keeps none; resume with the same average"):
+            optimizer_of(other, same).load_state_dict(state)
+
+
+def test_what_cannot_be_averaged():
+    model, basis = small()
+    with pytest.raises(ValueError, match="average is -1"):
+        optimizer_of(model, basis, average=-1)
+    with pytest.raises(ValueError, match="sl2o_average is -2"):
+        SL2OTrainingArguments("out", sl2o_average=-2, use_cpu=True)
+    with pytest.raises(ValueError, match="only coefficients of a basis are averaged"):
+        build_optimizer(model.named_parameters(), average=4.0)
+    optimizer = optimizer_of(model, basis, average=4.0)
+    run(model, optimizer, 2)
+    optimizer.use_average()
+    with pytest.raises(RuntimeError, match=r"call use_last\(\) before the forward pass"):
+        run(model, optimizer, 1, 2)
+    plain = optimizer_of(model, basis)
+    plain.use_average()  # none is kept: nothing happens
+    assert average_weight(torch.tensor(1.0), 7.0) == 1.0
+
+
+class Watch(TrainerCallback):
+    """Notes where the weights are when others look."""
+
+    def __init__(self):
+        self.seen = []
+
+    def note(self, what, step, model, optimizer):
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self.seen.append(
+            (what, step, inner._at_average, sum(p.detach().double().sum().item() for p in model.parameters()))
+        )
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.note("step", state.global_step, model, optimizer)
+
+    def on_evaluate(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.note("evaluate", state.global_step, model, optimizer)
+
+    def on_save(self, args, state, control, model=None, optimizer=None, **kwargs):
+        self.note("save", state.global_step, model, optimizer)
+
+
+def train(folder, kind=SL2OTrainer, resume=None, max_steps=6, **options):
+    model = tiny_gpt2(seed=0)
+    basis = random_dense(model.named_parameters())
+    settings = {"max_steps": max_steps, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "eval_steps": 2}
+    settings |= {"eval_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 4, "optim": "subspace_sgd"}
+    settings |= {"learning_rate": 20.0, "lr_scheduler_type": "constant", "logging_steps": 1}
+    watch, objects = Watch(), {"train_dataset": Tokens(), "eval_dataset": Tokens()}
+    if kind is SL2OTrainer:
+        args = SL2OTrainingArguments(str(folder), **settings, **options)
+        trainer = SL2OTrainer(model, args, basis=basis, callbacks=[watch], **objects)
+    else:
+        basis.save_pretrained(folder / "basis")
+        words = f"basis={folder / 'basis'}" + "".join(f",{key}={value}" for key, value in options.items())
+        args = TrainingArguments(str(folder), optim_args=words, **settings)
+        trainer = kind(model, args, callbacks=[watch], **objects)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, watch.seen
+
+
+@pytest.mark.parametrize("kind", [SL2OTrainer, Trainer])
+def test_trainers_evaluate_and_save_at_the_average_and_train_at_the_last(tmp_path, kind):
+    options = {"sl2o_average": 4.0} if kind is SL2OTrainer else {"average": 4.0}
+    trainer, seen = train(tmp_path / "one", kind, **options)
+    assert {what for what, _, at_average, _ in seen if at_average} == {"evaluate", "save"}
+    assert {what for what, _, at_average, _ in seen if not at_average} == {"step"}
+    assert sum(isinstance(callback, AverageCallback) for callback in trainer.callback_handler.callbacks) == 1
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[-1], abs=1e-6)  # it ends there
+    plain, _ = train(tmp_path / "two", kind)
+    assert not any(isinstance(callback, AverageCallback) for callback in plain.callback_handler.callbacks)
+    trained = [[entry["loss"] for entry in t.state.log_history if "loss" in entry] for t in (trainer, plain)]
+    assert trained[0] == pytest.approx(trained[1], abs=1e-5)  # evaluation does not change the run
+    others = [entry["eval_loss"] for entry in plain.state.log_history if "eval_loss" in entry]
+    assert max(abs(a - b) for a, b in zip(losses, others, strict=True)) > 1e-4
+
+
+def test_stop_and_resume_at_a_checkpoint_is_one_run(tmp_path):
+    whole, seen = train(tmp_path / "whole", sl2o_average=4.0)
+    train(tmp_path / "part", sl2o_average=4.0, max_steps=3)
+    resumed, again = train(tmp_path / "part", sl2o_average=4.0, resume=True)
+    assert again == seen[-len(again) :]
+    assert torch.equal(whole.subspace_optimizer.coefficients, resumed.subspace_optimizer.coefficients)
+    for ours, theirs in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_train_on_evaluates_at_the_average():
+    model, basis = small()
+
+    def batches(seed):
+        step = 0
+        while True:
+            yield batch(step)
+            step += 1
+
+    task = Task("regression", lambda: small()[0], batches, lambda net, x: net(x).square().mean(), basis, [batch(99)])
+    sgd = lambda c: torch.optim.SGD(c, lr=0.1, momentum=0.9)  # noqa: E731
+    plain = train_on(task, sgd, 9, evaluate_at=range(10))
+    found = train_on(task, sgd, 9, evaluate_at=range(10), average=4.0)
+    assert found["train_loss"] == pytest.approx(plain["train_loss"], rel=1e-5)
+    optimizer = optimizer_of(model, basis, average=4.0)
+    for step in range(10):
+        if step:
+            run(model, optimizer, 1, step - 1)
+        optimizer.use_average()
+        with torch.no_grad():
+            expected = model(batch(99)).square().mean().item()
+        optimizer.use_last()
+        assert found["eval"][step][1] == pytest.approx(expected, rel=1e-4)
+    assert abs(found["eval"][9][1] - plain["eval"][9][1]) > 1e-4 * plain["eval"][9][1]
