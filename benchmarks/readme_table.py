@@ -59,23 +59,26 @@ def cell(value: float | None) -> str:
 
 def rule(result: dict) -> str:  # type: ignore[type-arg]
     """Per unseen task: what each optimizer ends at, and steps to the level of each baseline."""
-    lines = ["| task | optimizer | learning rate | final loss | its steps there | steps of sl2o there |"]
-    lines.append("|---|---|---|---|---|---|")
+    ours = list(next(iter(result["summary"].values()))["mean_ratios"])
+    names = {"sl2o": "sl2o", "sl2o_average": "sl2o averaged"}
+    lines = ["| task | optimizer | learning rate | final loss | its steps there |"]
+    lines[0] += "".join(f" steps of {names[arm]} there |" for arm in ours)
+    lines.append("|---" * (5 + len(ours)) + "|")
     for name, task in result["tasks"].items():
         for arm, run in task["runs"].items():
             steps = task["levels"][arm]["steps_of_mean"] if arm in task["levels"] else None
-            there = ["", ""] if steps is None else [cell(steps[arm]), cell(steps["sl2o"])]
+            there = [""] * (1 + len(ours)) if steps is None else [cell(steps[of]) for of in (arm, *ours)]
             rate = f"{run['learning_rate']:g}" + (", not tuned" if len(run["grid"]) == 1 else "")
-            lines.append(f"| {name} | {arm} | {rate} | {run['final_eval_loss']:.3f} | {there[0]} | {there[1]} |")
+            lines.append(f"| {name} | {arm} | {rate} | {run['final_eval_loss']:.3f} | {' | '.join(there)} |")
     ratios = [
-        f"{level}: " + ("not on every task" if entry["mean_ratio"] is None else f"{entry['mean_ratio']:.2f}")
-        for level, entry in result["summary"].items()
+        f"{level}: {', '.join('not on every task' if value is None else f'{value:.2f}' for value in means.values())}"
+        for level, means in ((level, entry["mean_ratios"]) for level, entry in result["summary"].items())
     ]
     lines += [
         "",
         f"{result['recipe']['steps']} steps with linear decay, {result['recipe']['seeds']} seeds; a level is reached "
         f"when the mean over seeds is within {100 * (result['recipe']['tolerance'] - 1):.0f} % of it. "
-        "Steps of sl2o over the optimizer's own, mean over "
+        f"Steps of {', and of '.join(names[arm] for arm in ours)} over the optimizer's own, mean over "
         f"tasks: {'; '.join(ratios)}. Made at commit {result['environment']['commit'][:7]}.",
     ]
     return "\n".join(lines)

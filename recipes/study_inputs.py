@@ -75,7 +75,7 @@ def judged(rule: Rule, options: argparse.Namespace) -> dict[str, dict[str, float
         chosen = {arm: arms[arm] for arm in ("sl2o", "subspace_adamw", "subspace_momentum", "subspace_sgd")}
         runs = compare_on(task, chosen, options.judge_steps, cache=options.runs_dir)
         results[name] = {"levels": evaluate_rules.judge(runs)}
-    return {level: entry["ratios"] for level, entry in evaluate_rules.summary(results).items()}
+    return {level: entry["ratios"]["sl2o"] for level, entry in evaluate_rules.summary(results).items()}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
