@@ -143,6 +143,13 @@ class AverageCallback(TrainerCallback):
 
     It runs before the callbacks of users, so that [`BatchNormCallback`] sees the averaged weights. Training goes on
     from the last coefficients, and ends at the average.
+
+    Example:
+
+    ```python
+    >>> from hf_sl2o import SL2OTrainingArguments
+    >>> args = SL2OTrainingArguments("out", sl2o_basis="user/basis", sl2o_average=4.0, use_cpu=True)  # that is all
+    ```
     """
 
     @classmethod

@@ -317,6 +317,7 @@ class Pipeline:
         if arm.optim == "sl2o":
             objects["rule"] = SymbolicRule() if name == "symbolic" else self.extra_rules.get(name, rule)
         used = {what: value.fingerprint for what, value in objects.items()}
+        used |= {} if args.sl2o_average is None else {"average": args.sl2o_average}
         key = stamp(self.key, training_settings(args), name, choice, seed, used, arm.decay_at)
         return self.run(folder, args, key, arm, **objects)
 
@@ -397,7 +398,7 @@ class Pipeline:
         comparison = {
             "recipe": portable(dataclasses.asdict(recipe)),
             "data": self.data,
-            "training": training_settings(self.args),
+            "training": {**training_settings(self.args), "sl2o_average": self.args.sl2o_average},
             "n": Layout.from_named_parameters(self.start.named_parameters()).n,
             "runs": runs,
             "steps_to": to_losses(runs, self.targets(runs)),
