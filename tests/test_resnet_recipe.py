@@ -66,6 +66,12 @@ def test_a_tuned_run_records_momentum_and_takes_named_rules(finished, tmp_path):
     assert runs["sl2o_mine"]["eval"] == runs["sl2o"]["eval"] != runs["sl2o_default"]["eval"]
     (recorded,) = (tmp_path / "momentum" / "runs").glob("*/trajectory")
     assert max(Trajectory(recorded).steps) == 20
+    words = [*SMALL, *flags, "--output_dir", str(tmp_path), "--arms", *arms, "--sl2o_average", "4"]
+    averaged = resnet_cifar.main(words)["runs"]
+    assert averaged["momentum"] == runs["momentum"]  # not run again
+    for ours, theirs in zip(averaged["sl2o"]["train_loss"], runs["sl2o"]["train_loss"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)  # the run itself is the same
+    assert averaged["sl2o"]["eval"][-1] != runs["sl2o"]["eval"][-1]
 
 
 def test_a_second_start_runs_nothing_again(finished, monkeypatch):
