@@ -109,6 +109,8 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
         f"{arm} " + ", ".join(f"{100 * value:.2f}" for value in run["test_accuracy_per_seed"])
         for arm, run in runs.items()
     )
+    peak_of = next(iter(result["steps_to_accuracy"])).removesuffix("_best")
+    peaks = [max(curve, key=lambda point: point[1])[0] for curve in runs[peak_of]["accuracy_per_seed"]]
     extraction = f", {cost['seconds']['extract']:.1f} s of PCA" if "extract" in cost["seconds"] else ""
     return (
         table(result)
@@ -116,6 +118,8 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
         + f"{result['training']['per_device_train_batch_size']}, {result['training']['max_steps']} steps"
         + (f" in the subspace, {recipe['trajectory_steps']} in the full space" if extraction else "")
         + f". Levels on {result['data']['validation']['rows']} validation rows: {'; '.join(levels)}. "
+        + f"{peak_of}'s seeds have their best after {', '.join(map(str, peaks))} steps. "
+        + '"never": at least one seed does not get there. '
         + f"Test accuracy by seed, {result['data']['test']['rows']} rows, %: {per_seed}. "
         + f"Paid once, in training steps: trajectory {cost['trajectory']} (chosen among runs of "
         + f"{cost['other_recorded_runs']} more), meta-training {cost['meta_training']}{extraction}. "

@@ -20,6 +20,7 @@ from hf_sl2o.files import load_json
 # The paper's names.
 NAMES = {
     "sl2o": "SL2O", "sl2o_default": "SL2O (shipped rule)", "sl2o_default-lora": "SL2O (shipped rule)",
+    "sl2o_gpt2": "SL2O (rule of GPT-2)",
     "sgd": "SGD", "momentum": "Momentum", "adam": "Adam", "rmsprop": "RMSProp", "adamw": "AdamW",
     "adamw_2e-4": "AdamW, 2e-4", "subspace_sgd": "SGD†", "subspace_momentum": "Momentum†",
     "subspace_adamw": "AdamW†", "subspace_adamw_orthonormal": "AdamW† (orthonormal)", "p_bfgs": "P-BFGS†",
@@ -53,7 +54,7 @@ def figure(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     canvas, axes = pyplot.subplots(
-        len(results), 2, figsize=(12, 4.2 * len(results)), layout="constrained", squeeze=False
+        len(results), 2, figsize=(13.5, 4.2 * len(results)), layout="constrained", squeeze=False
     )
     for row, (title, result) in zip(axes, results.items(), strict=True):
         for index, (arm, run) in enumerate(result["runs"].items()):
@@ -71,7 +72,7 @@ def figure(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             axis.set_xscale("symlog", linthresh=20)
             axis.set_xlim(left=0)
             axis.grid(alpha=0.3, which="both")
-        row[1].legend(fontsize=8, ncols=2, loc="lower right")
+        row[1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=110)
     pyplot.close(canvas)
