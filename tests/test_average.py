@@ -8,6 +8,8 @@ from transformers.trainer_callback import TrainerCallback
 from hf_sl2o import (
     AverageCallback,
     Layout,
+    LearnedOptimizer,
+    LSTMRule,
     RandomBasis,
     SL2OTrainer,
     SL2OTrainingArguments,
@@ -117,6 +119,10 @@ def test_what_cannot_be_averaged():
         SL2OTrainingArguments("out", sl2o_average=-2, use_cpu=True)
     with pytest.raises(ValueError, match="only coefficients of a basis are averaged"):
         build_optimizer(model.named_parameters(), average=4.0)
+    rule = LSTMRule()
+    with pytest.raises(ValueError, match="average counts steps on the host"):
+        inner = lambda c: LearnedOptimizer(c, rule, capturable=True)  # noqa: E731
+        SubspaceOptimizer(model.named_parameters(), basis, inner, average=4.0)
     optimizer = optimizer_of(model, basis, average=4.0)
     run(model, optimizer, 2)
     optimizer.use_average()

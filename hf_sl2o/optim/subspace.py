@@ -48,7 +48,7 @@ class SubspaceOptimizer(Optimizer):
 
     Raises:
         `ValueError`: the model's names or shapes differ from the basis (the first difference is named); a negative
-            `average`.
+            `average`, or one beside `capturable=True`.
         `NotImplementedError`: an inner optimizer that needs a closure (LBFGS), or `differentiable=True`.
 
     Example:
@@ -109,6 +109,11 @@ class SubspaceOptimizer(Optimizer):
         self._building = True
         inner_group = {key: value for key, value in self._inner.param_groups[0].items() if key != "params"}
         inner_group.pop("param_names", None)
+        if average is not None and inner_group.get("capturable"):
+            raise ValueError(
+                "average counts steps on the host, which a captured graph does not run; leave one of average and "
+                "capturable out"
+            )
         group = {"params": covered if names is None else list(zip(names, covered, strict=True))}
         super().__init__([group], {**inner_group, "basis_fingerprint": self.basis.fingerprint})
         if rest and outside is not None:
