@@ -112,6 +112,16 @@ def stage(
     return load_json(path)  # type: ignore[no-any-return]
 
 
+def leave_processes() -> None:
+    """Waits until gloo's threads are done with the last collective; call it as the last thing in a process.
+
+    They take the GIL to free its tensors. A process that ends in that moment aborts ("terminate called without an
+    active exception"), and one that destroys its group in that moment waits for ever.
+    """
+    if PartialState().num_processes > 1:
+        time.sleep(0.5)
+
+
 class Bar(TrainerCallback):
     """One progress bar a run, instead of a line a log."""
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
+from arms import leave_processes
 from meta_tasks import named_task
 from transformers import HfArgumentParser
 
@@ -165,4 +165,4 @@ def portable(words: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     main()
-    PartialState().destroy_process_group()  # left to the interpreter's end, its threads may abort the process
+    leave_processes()

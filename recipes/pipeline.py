@@ -26,6 +26,7 @@ from arms import (
     PipelineArguments,
     RecipeTrainer,
     final_loss,
+    leave_processes,
     portable,
     stage,
     stamp,
@@ -466,5 +467,5 @@ def run_recipe(
         parser.set_defaults(**demo)
     disable_progress_bar()
     comparison = recipe(*parser.parse_args_into_dataclasses(argv)).main()
-    PartialState().destroy_process_group()  # left to the interpreter's end, its threads may abort the process
+    leave_processes()
     return comparison

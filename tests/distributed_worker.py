@@ -2,12 +2,12 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from accelerate import PartialState
 from safetensors.torch import save_file
 
 from hf_sl2o import LSTMRule, RuleConfig, SL2OTrainer, SL2OTrainingArguments, TrajectoryCallback
@@ -38,7 +38,7 @@ def main(folder: str, batch: int, mode: str) -> None:
     tensors["c"] = trainer.subspace_optimizer.coefficients
     tensors["losses"] = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     save_file(tensors, Path(folder) / f"rank-{rank}.safetensors")
-    PartialState().destroy_process_group()  # left to the interpreter's end, its threads may abort the process
+    time.sleep(0.5)  # gloo's threads are done with the last collective: a process that ends before may abort
 
 
 if __name__ == "__main__":
