@@ -138,10 +138,15 @@ class Bar(TrainerCallback):
 
 
 def portable(value: Any) -> Any:
-    """Absolute paths become their last part: results name no folder of the machine they were made on."""
+    """Absolute paths, also in NAME=PATH, become their last part: results name no folder of the machine."""
     if isinstance(value, dict):
         return {key: portable(entry) for key, entry in value.items()}
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+    if isinstance(value, list | tuple):
+        return [portable(entry) for entry in value]
+    if not isinstance(value, str):
+        return value
+    head, equals, path = value.rpartition("=")
+    return f"{head}{equals}{Path(path).name}" if Path(path).is_absolute() else value
 
 
 def final_loss(run: dict[str, Any]) -> float:

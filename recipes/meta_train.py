@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import leave_processes
+from arms import leave_processes, portable
 from meta_tasks import named_task
 from transformers import HfArgumentParser
 
@@ -156,11 +156,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             trained.save_pretrained(options.save_to)
             shutil.copy(Path(args.output_dir) / "provenance.json", options.save_to)
     return result
-
-
-def portable(words: list[str]) -> list[str]:
-    """Absolute paths become their last part: results name no folder of the machine they were made on."""
-    return [Path(word).name if Path(word).is_absolute() else word for word in words]
 
 
 if __name__ == "__main__":

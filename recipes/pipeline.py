@@ -271,7 +271,7 @@ class Pipeline:
         trainer = MetaTrainer(rule, meta_args, [self.task(basis)])
         trainer.train()
         provenance = {
-            "command": " ".join(["python", *map(portable, sys.argv)]),
+            "command": " ".join(["python", *portable(sys.argv)]),
             "recipe": portable(dataclasses.asdict(recipe)),
             "data": self.data,
             "meta": {**dataclasses.asdict(meta_args), "output_dir": None},

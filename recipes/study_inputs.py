@@ -16,6 +16,7 @@ from typing import Any
 
 import evaluate_rules
 import meta_train
+from arms import portable
 from meta_tasks import arms_of, named_task
 
 from hf_sl2o import Rule
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             }
         )
         print(f"{variant:36} " + " ".join(f"{score:.4f}" for score in rows[-1]["scores"]), flush=True)
-    settings = {"rule": options.rule, "seeds": options.seeds, "command_line": meta_train.portable(rest)}
+    settings = {"rule": options.rule, "seeds": options.seeds, "command_line": portable(rest)}
     result = {"study": "inputs", **settings, "rows": rows, "environment": environment(Path(__file__).parent)}
     if options.json:
         save_json(options.json, result)

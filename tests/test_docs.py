@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 import shlex
@@ -62,6 +63,21 @@ def test_shell_commands_exist():
         }
         for word in words[script:]:
             assert not word.startswith("--") or word.removeprefix("--") in fields, line
+
+
+def test_results_name_no_folder_of_the_machine_they_were_made_on():
+    def strings(value):
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            for entry in value.values() if isinstance(value, dict) else value:
+                yield from strings(entry)
+
+    found = [*ROOT.glob("*/results/*.json"), *ROOT.glob("hf_sl2o/pretrained/*/*.json")]
+    assert len(found) > 10
+    for path in found:
+        for text in strings(json.loads(path.read_text())):
+            assert not any(word.rpartition("=")[2].startswith("/") for word in text.split()), (path.name, text)
 
 
 def test_tables_are_those_of_the_results():

@@ -2,6 +2,7 @@
 
 import pytest
 
+from recipes.arms import portable
 from recipes.levels import amortised, fastest, to_accuracies, to_losses
 
 RUNS = {
@@ -44,3 +45,9 @@ def test_what_was_paid_is_in_training_steps(stages, total):
     assert cost["total"] == total == cost["trajectory"] + cost["meta_training"]
     assert cost["other_recorded_runs"] == 3000 and set(cost["seconds"]) == set(stages)
     assert amortised(stages, 1000, 0)["other_recorded_runs"] == 0
+
+
+def test_paths_lose_their_folders_and_nothing_else_changes():
+    given = {"rules": ["default", "mine=/a/b/rule"], "data": "/a/data", "lr": 0.1, "note": "x=y/z", "none": None}
+    found = {"rules": ["default", "mine=rule"], "data": "data", "lr": 0.1, "note": "x=y/z", "none": None}
+    assert portable(given) == found
