@@ -101,7 +101,7 @@ class Recipe(CifarPipeline):
         model = self.from_config(recipe) if offline else self.from_hub(recipe)
         self.load(recipe, args, self.preparation(recipe, model), new)
         if new is not None:
-            self.train_base(recipe, model, list(range(first_new)))
+            self.train_base(recipe, args.device, model, list(range(first_new)))
         if self.lora:
             model = self.with_lora(recipe, model)
         self.start, self.name = model, Path(recipe.model).name
@@ -140,7 +140,7 @@ class Recipe(CifarPipeline):
 
         return prepare
 
-    def train_base(self, recipe: RecipeArguments, model: Any, classes: list[int]) -> None:
+    def train_base(self, recipe: RecipeArguments, device: torch.device, model: Any, classes: list[int]) -> None:
         """Trains all weights on the classes that the adapters do not see, once."""
         key = stamp(recipe.model, recipe.data, recipe.num_classes, recipe.base_steps)
         path = self.folder / f"base-{key}.safetensors"
@@ -148,14 +148,15 @@ class Recipe(CifarPipeline):
             images, labels = load_cifar(recipe.data, "train", None, classes, num_classes=recipe.num_classes)
 
             def loss(network: nn.Module, batch: Any) -> torch.Tensor:
-                return F.cross_entropy(network(pixel_values=batch[0]).logits, batch[1])
+                pixels, target = (part.to(device) for part in batch)
+                return F.cross_entropy(network(pixel_values=pixels).logits, target)
 
             problem = Problem(
                 lambda: model, lambda part, seed: batches(images, labels, 64, seed), loss, lambda part: [], 1e-3,
                 recipe.base_steps,
             )  # fmt: skip
-            train_full(problem, "base", model, "base", lambda step: None)
-            save_tensors(path, {name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+            train_full(problem, "base", model.to(device), "base", lambda step: None)
+            save_tensors(path, {name: tensor.contiguous() for name, tensor in model.cpu().state_dict().items()})
         model.load_state_dict(load_file(path))
 
     def with_lora(self, recipe: RecipeArguments, model: Any) -> Any:

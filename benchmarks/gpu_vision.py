@@ -1,0 +1,181 @@
+"""The vision recipes at the size of a GPU: their own stages, with runs that do not wait for each other side by side.
+
+    python benchmarks/gpu_vision.py --data FOLDER --output_dir OUT --processes 8
+    python benchmarks/gpu_vision.py --data FOLDER --jobs resnet20 --set resnet20 trajectory_steps=39100 seeds=1
+
+FOLDER holds train.parquet and test.parquet of CIFAR-10. A small network leaves most of a GPU idle, so several runs
+share it; what one run takes alone is in none of these results. Each job ends in OUT/<job>/comparison.json, which is
+what the recipe writes, and goes on where it was killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
+
+RESNET = (
+    "--quick_grid --validation_rows 2000 --eval_steps 10 --logging_steps 10 --max_steps 300 --meta_epochs 12 "
+    "--inner_steps 150 --save_strategy no --logging_nan_inf_filter false"
+)
+RESNET_ARMS = ("momentum", "sl2o", "sl2o_default", "subspace_adamw", "subspace_momentum", "subspace_sgd", "random")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe's command line, and which runs of the full space can go side by side: (arm, rate, seed)."""
+
+    recipe: str
+    flags: str
+    arms: tuple[str, ...]  # the first one has what the stages before it need
+    full: tuple[tuple[str, float, int], ...] = ()
+    first: bool = False  # theta_0 has to be trained before anything else
+
+
+JOBS = {
+    "resnet18": Job(
+        "resnet_cifar",
+        f"--model resnet18 --baselines paper --seeds 1 --trajectory_steps 39100 {RESNET}",
+        ("sl2o", "momentum", "sl2o_default", "subspace_adamw", "subspace_momentum", "subspace_sgd"),
+        (("sgd", 0.1, 0), ("momentum", 0.1, 0)),
+    ),
+    "resnet20": Job(
+        "resnet_cifar",
+        f"--model resnet20 --trajectory_steps 3910 {RESNET}",
+        ("sl2o", *(arm for arm in RESNET_ARMS if arm != "sl2o")),
+        tuple(("momentum", lr, seed) for lr in (0.1, 0.03) for seed in range(3)),
+    ),
+    "resnet8": Job(
+        "resnet_cifar",
+        f"--model resnet8 --trajectory_steps 10000 {RESNET}",
+        ("sl2o", *(arm for arm in RESNET_ARMS if arm != "sl2o")),
+        tuple(("momentum", lr, seed) for lr in (0.1, 0.03) for seed in range(3)),
+    ),
+    "deit-tiny": Job(
+        "vit_cifar",
+        "--model deit-tiny --subspace lora --base_steps 3000 --max_steps 1200 --trajectory_steps 1200 --quick_grid "
+        "--validation_rows 1500 --eval_rows 3000 --eval_steps 30 --logging_steps 30 --meta_epochs 8 --inner_steps 300 "
+        "--save_strategy no --logging_nan_inf_filter false",
+        ("sl2o", "sl2o_default-lora", "adamw", "adamw_2e-4", "subspace_momentum"),
+        tuple(("adamw", lr, 0) for lr in (1e-3, 3e-3, 1e-2)),
+        first=True,
+    ),
+}
+
+
+def command_line(job: str, options: argparse.Namespace) -> list[str]:
+    changes = [setting.split("=", 1) for name, *settings in options.set for setting in settings if name == job]
+    flags = [part for name, value in changes for part in (f"--{name}", *value.split())]
+    given = ["--data", str(options.data), "--output_dir", str(options.output_dir / job)]
+    return [*JOBS[job].flags.split(), *given, *flags, *(["--use_cpu"] if options.use_cpu else [])]
+
+
+def arms_of(job: str, options: argparse.Namespace) -> tuple[str, ...]:
+    """The job's arms, and one for each rule that `--set JOB rules=...` names."""
+    from cifar_pipeline import rule_arm
+
+    flags = command_line(job, options)
+    rules = flags[flags.index("--rules") + 1 :] if "--rules" in flags else []
+    until = next((i for i, part in enumerate(rules) if part.startswith("--")), len(rules))
+    return tuple(dict.fromkeys((*JOBS[job].arms, *(rule_arm(entry)[0] for entry in rules[:until]))))
+
+
+def child(options: argparse.Namespace) -> None:
+    """One process: `prepare`, `full ARM RATE SEED`, or `arms ARM...`."""
+    import importlib
+
+    from transformers import HfArgumentParser
+
+    from hf_sl2o import SL2OTrainingArguments
+
+    job, what, *rest = options.child
+    module: Any = importlib.import_module(JOBS[job].recipe)
+    flags = command_line(job, options)
+    if what == "arms":
+        module.main([*flags, "--arms", *rest])
+        return
+    defaults = {**module.TRAINER_DEFAULTS, "per_device_train_batch_size": 64 if "vit" in JOBS[job].recipe else 128}
+    parser = HfArgumentParser((module.RecipeArguments, SL2OTrainingArguments))
+    parser.set_defaults(**defaults)
+    recipe = module.Recipe(*parser.parse_args_into_dataclasses(flags))
+    if what == "full":
+        arm, rate, seed = rest
+        recipe.one(arm, recipe.arms[arm], ("full", float(rate)), int(seed))
+
+
+def run(job: str, options: argparse.Namespace, slots: threading.Semaphore) -> None:
+    plan, arms, start = JOBS[job], arms_of(job, options), time.perf_counter()
+
+    def process(*what: Any) -> None:
+        name = "-".join(map(str, (job, *what)))[:80]
+        log = options.output_dir / "logs" / f"{name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        flags = [arg for group in options.set for arg in ("--set", *group)] + (
+            ["--use_cpu"] if options.use_cpu else []
+        )
+        command = [sys.executable, __file__, "--data", str(options.data), "--output_dir", str(options.output_dir)]
+        with slots, log.open("w") as out:
+            began = time.perf_counter()
+            given = [*command, *flags, "--child", job, *map(str, what)]
+            code = subprocess.run(given, stdout=out, stderr=subprocess.STDOUT, env={**os.environ}).returncode
+        seconds = time.perf_counter() - began
+        print(f"[{time.perf_counter() - start:4.0f} s] {name}: {seconds:.0f} s, exit {code}", flush=True)
+        if code:
+            raise RuntimeError(f"{name} ended with {code}; the end of {log}:\n{log.read_text()[-3000:]}")
+
+    def together(*works: tuple[Any, ...]) -> None:
+        with ThreadPoolExecutor(max(1, len(works))) as threads:
+            for future in [threads.submit(process, *work) for work in works]:
+                future.result()
+
+    if plan.first:
+        process("prepare")
+    full = [("full", *choice) for choice in plan.full]
+    if "pca" in " ".join(command_line(job, options)) or plan.recipe == "resnet_cifar":
+        together(*full)  # their snapshots are what the rest needs
+        process("arms", arms[0])
+        together(*(("arms", arm) for arm in arms[1:]))
+    else:
+        together(*full, ("arms", arms[0]))
+        together(*(("arms", arm) for arm in arms[1:]))
+    process("arms", *arms)
+    print((options.output_dir / "logs" / ("-".join((job, "arms", *arms))[:80] + ".log")).read_text(), flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/gpu_vision"))
+    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=list(JOBS))
+    parser.add_argument("--set", nargs="+", action="append", default=[], metavar="JOB NAME=VALUE")
+    parser.add_argument("--processes", type=int, default=8, help="at most so many at a time")
+    parser.add_argument("--use_cpu", action="store_true")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.child:
+        child(options)
+        return
+    slots = threading.Semaphore(options.processes)
+    failed = []
+    with ThreadPoolExecutor(len(options.jobs)) as threads:
+        jobs = {job: threads.submit(run, job, options, slots) for job in options.jobs}
+        for job, future in jobs.items():
+            if error := future.exception():
+                failed.append(job)
+                print(f"{job}: {error}", file=sys.stderr, flush=True)
+    if failed:
+        sys.exit(f"not finished: {', '.join(failed)}; the same command goes on")
+
+
+if __name__ == "__main__":
+    main()
