@@ -1,9 +1,11 @@
-"""The main job at real size on one GPU, in under ten minutes: GPT-2 124M from its config, E2E, bf16, d = 40.
+"""The main job at real size on one GPU: GPT-2 124M from its config, E2E, bf16, d = 40.
 
     python benchmarks/gpu.py --data FOLDER --json benchmarks/results/gpu.json
 
 FOLDER holds train.csv and validation.csv of E2E, and `gpt2_tokenizer/`. Needs torch, transformers, accelerate, peft
-and safetensors. Schedules are short: this measures that it works and what it costs, not how good it gets.
+and safetensors, and 40 GB in --output_dir for the snapshots and the basis. Schedules are short: this measures that it
+works and what it costs, not how good it gets. Each part is written when it is done; killed and started again with the
+same --output_dir it goes on.
 """
 
 from __future__ import annotations
@@ -49,6 +51,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--output_dir", type=Path, help="keep the runs here; default: a folder that is deleted")
     parser.add_argument("--smoke", action="store_true", help="the same code at toy size, on a CPU too")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available() and not options.smoke:
@@ -57,21 +60,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     print("[step cost]", flush=True)
     size = "tiny" if options.smoke else "gpt2"
     rows = step_cost.benchmark(size, rounds=5 if options.smoke else 40)
+    result: dict[str, Any] = {"benchmark": "gpu", "rows": rows, "environment": environment(ROOT)}
+    if options.json:
+        save_json(options.json, result)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    work = Path(tempfile.mkdtemp(prefix="hf_sl2o_gpu_"))
+    work = options.output_dir or Path(tempfile.mkdtemp(prefix="hf_sl2o_gpu_"))
     try:
         flags = smoke(options.data) if options.smoke else real_size(options.data)
-        comparison = gpt2_e2e.main([*flags, "--output_dir", str(work), "--arms", *ARMS])
+        result["main_job"] = gpt2_e2e.main([*flags, "--output_dir", str(work), "--arms", *ARMS])
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-    result = {
-        "benchmark": "gpu",
-        "rows": rows,
-        "main_job": comparison,
-        "seconds": time.perf_counter() - start,
-        "environment": environment(ROOT),
-    }
+        if options.output_dir is None:
+            shutil.rmtree(work, ignore_errors=True)
+    result["seconds"] = time.perf_counter() - start
     if options.json:
         save_json(options.json, result)
     print(f"{result['environment']['device']}: {result['seconds']:.0f} s")

@@ -65,9 +65,9 @@ JOBS = {
         "vit_cifar",
         "--model deit-tiny --subspace lora --base_steps 3000 --max_steps 1200 --trajectory_steps 1200 --quick_grid "
         "--validation_rows 1500 --eval_rows 3000 --eval_steps 30 --logging_steps 30 --meta_epochs 8 --inner_steps 300 "
-        "--save_strategy no --logging_nan_inf_filter false",
+        "--save_strategy no --logging_nan_inf_filter false --trajectory_learning_rates 0.0003 0.001 0.003",
         ("sl2o", "sl2o_default-lora", "adamw", "adamw_2e-4", "subspace_momentum"),
-        tuple(("adamw", lr, 0) for lr in (1e-3, 3e-3, 1e-2)),
+        tuple(("adamw", lr, 0) for lr in (3e-4, 1e-3, 3e-3)),
         first=True,
     ),
 }

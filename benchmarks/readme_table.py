@@ -18,6 +18,7 @@ BLOCKS = {
     "meta-processes": ROOT / "benchmarks" / "results" / "meta_processes.json",
     "resnet8": ROOT / "recipes" / "results" / "resnet8_cifar.json",
     "resnet8-average": ROOT / "recipes" / "results" / "resnet8_cifar_average.json",
+    "resnet20": ROOT / "recipes" / "results" / "resnet20_cifar.json",
 }
 
 
@@ -110,6 +111,8 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
     )
     peak_of = next(iter(result["steps_to_accuracy"])).removesuffix("_best")
     peaks = [max(curve, key=lambda point: point[1])[0] for curve in runs[peak_of]["accuracy_per_seed"]]
+    device = result["environment"]["device"]
+    on = "" if device.startswith("cpu") else f" on an {device}, which several runs shared"
     extraction = f", {cost['seconds']['extract']:.1f} s of PCA" if "extract" in cost["seconds"] else ""
     return (
         table(result)
@@ -122,13 +125,14 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
         + f"Test accuracy by seed, {result['data']['test']['rows']} rows, %: {per_seed}. "
         + f"Paid once, in training steps: trajectory {cost['trajectory']} (chosen among runs of "
         + f"{cost['other_recorded_runs']} more), meta-training {cost['meta_training']}{extraction}. "
-        + f"Made at commit {result['environment']['commit'][:7]}."
+        + f"Made at commit {result['environment']['commit'][:7]}{on}."
     )
 
 
 MAKE = {
     "resnet8": vision,
     "resnet8-average": vision,
+    "resnet20": vision,
     "e2e": e2e,
     "step-cost": step_cost,
     "rule-default": rule,

@@ -223,7 +223,8 @@ class Pipeline:
     def extract(self, path: Path) -> dict[str, Any]:
         trajectory = Trajectory(path)
         large = trajectory.layout is not None and trajectory.layout.n > 20_000_000
-        basis = fit_basis(trajectory, self.recipe.dim, dtype=torch.bfloat16 if large else torch.float32)
+        dtype = torch.bfloat16 if large else torch.float32
+        basis = fit_basis(trajectory, self.recipe.dim, dtype=dtype, device=self.args.device)
         basis.save_pretrained(self.folder / "basis")
         share = basis.provenance["explained_variance"]
         print(f"  {basis.dim} directions hold {100 * share:.3f} % of the trajectory's variance", flush=True)
@@ -343,12 +344,14 @@ class Pipeline:
     def train(self, basis: Basis, rule: Rule) -> dict[str, Any]:
         """Tunes every arm on validation: a grid with the first seed, then its two best over all seeds."""
         recipe, runs = self.recipe, {}
-        random = RandomBasis(basis.layout, min(recipe.dim, basis.layout.n), seed=self.args.seed + 1).to_dense()
         redundant = {"lora": {"subspace_adamw"}, "random": {"random"}}.get(recipe.subspace, set())
         for name, arm in self.arms.items():
             if name in redundant or (recipe.arms and name not in recipe.arms):
                 continue
-            objects = {"learned": (basis, rule), "random": (random, rule), "none": ()}[arm.basis]
+            objects: tuple[Any, ...] = {"learned": (basis, rule), "random": (), "none": ()}[arm.basis]
+            if arm.basis == "random":
+                rows = min(recipe.dim, basis.layout.n)
+                objects = RandomBasis(basis.layout, rows, seed=self.args.seed + 1).to_dense(), rule
             tuned, best = self.tune(name, arm, *objects)
             # One seed may flatter a learning rate at the edge of stability: the two best meet again over all seeds.
             finalists = sorted(tuned, key=lambda choice: final_loss(tuned[choice]))[:2] if arm.grid else [best]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_sl2o import LearnedOptimizer, SubspaceOptimizer
+from hf_sl2o import LearnedOptimizer, SubspaceOptimizer, Trajectory, fit_basis
 
 from .conftest import random_dense
 from .test_optim_learned import net, rule
@@ -56,3 +56,16 @@ def test_capturable_step_in_a_cuda_graph():
     torch.cuda.synchronize()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)
+
+
+def test_a_basis_fitted_on_the_device_equals_the_one_of_the_cpu(tmp_path):
+    model, trajectory = net(), Trajectory(tmp_path)
+    for step in range(8):
+        with torch.no_grad():
+            for p in model.parameters():
+                p += torch.randn_like(p)
+        trajectory.write(step, model.named_parameters())
+    one, other = (fit_basis(trajectory, 5, device=device, progress=False) for device in ("cpu", "cuda"))
+    torch.testing.assert_close(one.std, other.std)
+    for a, b in zip(one.matrices, other.matrices, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

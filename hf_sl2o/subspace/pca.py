@@ -138,10 +138,11 @@ class Trajectory:
 
 
 class _Blocks:
-    """Reads the snapshots as float64 blocks of shape (T, columns), parameter by parameter."""
+    """Reads the snapshots as float64 blocks of shape (T, columns) on a device, parameter by parameter."""
 
-    def __init__(self, trajectory: Trajectory, steps: list[int], stack: ExitStack) -> None:
+    def __init__(self, trajectory: Trajectory, steps: list[int], device: torch.device | str, stack: ExitStack) -> None:
         assert trajectory.layout is not None
+        self.device = device
         self.layout, self.steps = trajectory.layout, steps
         self.paths = [trajectory.path(step) for step in steps]
         self.files = [stack.enter_context(open_tensors(path)) for path in self.paths]
@@ -163,10 +164,10 @@ class _Blocks:
         for first in range(0, rows, step):
             last = min(first + step, rows)
             columns = (last - first) * width
-            block = torch.empty(len(self.files), columns, dtype=torch.float64)
+            block = torch.empty(len(self.files), columns, dtype=torch.float64, device=self.device)
             for row, file in enumerate(self.files):
                 part = file.get_slice(name)[first:last] if shape else file.get_tensor(name)
-                block[row] = part.reshape(-1).to(torch.float64)
+                block[row] = part.reshape(-1).to(self.device).to(torch.float64)
             yield first * width, first * width + columns, block
 
     def refuse_non_finite(self, index: int, block: torch.Tensor) -> None:
@@ -207,6 +208,7 @@ def fit_basis(
     blocks: str = "global",
     dtype: torch.dtype = torch.float32,
     steps: list[int] | None = None,
+    device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> DenseBasis:
     """Fits the principal components of a trajectory, streaming over blocks of parameters.
@@ -224,6 +226,8 @@ def fit_basis(
         blocks (`str`, *optional*, defaults to `"global"`): `"global"`, or `"layer"` for d directions a layer.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Storage dtype of the directions.
         steps (`list[int]`, *optional*, defaults to all): Which snapshots to use.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where the products are computed, in float64;
+            a block of the trajectory at a time is there. The basis is returned on the CPU.
         progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
 
     Returns:
@@ -246,7 +250,7 @@ def fit_basis(
     layout = trajectory.layout
     groups = layout.blocks(blocks)
     with ExitStack() as stack:
-        reader = _Blocks(trajectory, chosen, stack)
+        reader = _Blocks(trajectory, chosen, device, stack)
         bar = stack.enter_context(
             tqdm(total=2 * layout.n, unit="param", unit_scale=True, desc="fit_basis", disable=not progress)
         )
@@ -258,7 +262,7 @@ def fit_basis(
                     reader.refuse_non_finite(index, block)
                     if center:
                         block -= block.mean(dim=0)
-                    gram += block @ block.T
+                    gram += (block @ block.T).cpu()
                     bar.update(last - first)
             grams.append(gram)
 
@@ -274,7 +278,7 @@ def fit_basis(
                 for first, last, block in reader.of(index):
                     if center:
                         block -= block.mean(dim=0)
-                    matrix[:, first:last] = (weights.T @ block).to(dtype)
+                    matrix[:, first:last] = (weights.T.to(device) @ block).to(dtype)
                     bar.update(last - first)
                 matrices[index], spans[index] = matrix, (number * dim, (number + 1) * dim)
             deviations.append((values / (len(chosen) - int(center))).sqrt())
