@@ -11,6 +11,7 @@ what the recipe writes, and goes on where it was killed.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import subprocess
 import sys
@@ -90,24 +91,28 @@ def arms_of(job: str, options: argparse.Namespace) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*JOBS[job].arms, *(rule_arm(entry)[0] for entry in rules[:until]))))
 
 
-def child(options: argparse.Namespace) -> None:
-    """One process: `prepare`, `full ARM RATE SEED`, or `arms ARM...`."""
-    import importlib
-
+def parse(job: str, options: argparse.Namespace) -> tuple[Any, tuple[str, ...], Any]:
+    """The recipe's and the Trainer's arguments of a job, and its arms."""
     from transformers import HfArgumentParser
 
     from hf_sl2o import SL2OTrainingArguments
 
+    module: Any = importlib.import_module(JOBS[job].recipe)
+    parser = HfArgumentParser((module.RecipeArguments, SL2OTrainingArguments))
+    parser.set_defaults(**module.DEFAULTS)
+    recipe, args = parser.parse_args_into_dataclasses(command_line(job, options))
+    return recipe, arms_of(job, options), args
+
+
+def child(options: argparse.Namespace) -> None:
+    """One process: `prepare`, `full ARM RATE SEED`, or `arms ARM...`."""
     job, what, *rest = options.child
     module: Any = importlib.import_module(JOBS[job].recipe)
-    flags = command_line(job, options)
     if what == "arms":
-        module.main([*flags, "--arms", *rest])
+        module.main([*command_line(job, options), "--arms", *rest])
         return
-    defaults = {**module.TRAINER_DEFAULTS, "per_device_train_batch_size": 64 if "vit" in JOBS[job].recipe else 128}
-    parser = HfArgumentParser((module.RecipeArguments, SL2OTrainingArguments))
-    parser.set_defaults(**defaults)
-    recipe = module.Recipe(*parser.parse_args_into_dataclasses(flags))
+    parsed, _, args = parse(job, options)
+    recipe = module.Recipe(parsed, args)
     if what == "full":
         arm, rate, seed = rest
         recipe.one(arm, recipe.arms[arm], ("full", float(rate)), int(seed))
@@ -152,7 +157,7 @@ def run(job: str, options: argparse.Namespace, slots: threading.Semaphore) -> No
     print((options.output_dir / "logs" / ("-".join((job, "arms", *arms))[:80] + ".log")).read_text(), flush=True)
 
 
-def main(argv: list[str] | None = None) -> None:
+def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/gpu_vision"))
@@ -161,7 +166,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=8, help="at most so many at a time")
     parser.add_argument("--use_cpu", action="store_true")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = options_of(argv)
     if options.child:
         child(options)
         return

@@ -74,6 +74,9 @@ TUNED: dict[str, Arm] = {
     "random": Arm("subspace_adamw", grid(orthonormal=(1.0, 3.0)), basis="random"),
 }
 
+#: Of the command line, where the user sets nothing else.
+DEFAULTS = {"output_dir": "outputs/resnet_cifar", **TRAINER_DEFAULTS}
+
 
 @dataclass
 class RecipeArguments(CifarArguments):
@@ -178,9 +181,8 @@ class Recipe(CifarPipeline):
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
-    defaults = {"output_dir": "outputs/resnet_cifar", **TRAINER_DEFAULTS}
     return run_recipe(
-        RecipeArguments, Recipe, argv, defaults, {"max_steps": 60, "eval_steps": 10, "logging_steps": 10}
+        RecipeArguments, Recipe, argv, DEFAULTS, {"max_steps": 60, "eval_steps": 10, "logging_steps": 10}
     )
 
 

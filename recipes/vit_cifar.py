@@ -51,6 +51,9 @@ ARMS: dict[str, Arm] = {
     "random": Arm("subspace_adamw", grid(orthonormal=(1.0, 0.3)), basis="random"),
 }
 
+#: Of the command line, where the user sets nothing else.
+DEFAULTS = {"output_dir": "outputs/vit_cifar", **TRAINER_DEFAULTS, "per_device_train_batch_size": 64}
+
 
 @dataclass
 class RecipeArguments(CifarArguments):
@@ -204,9 +207,8 @@ def classification_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: 
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:
-    defaults = {"output_dir": "outputs/vit_cifar", **TRAINER_DEFAULTS, "per_device_train_batch_size": 64}
     return run_recipe(
-        RecipeArguments, Recipe, argv, defaults, {"max_steps": 40, "eval_steps": 10, "logging_steps": 10}
+        RecipeArguments, Recipe, argv, DEFAULTS, {"max_steps": 40, "eval_steps": 10, "logging_steps": 10}
     )
 
 

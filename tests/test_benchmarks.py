@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmarks.gpu_vision as gpu_vision
+import recipes.resnet_cifar as resnet_cifar
 from recipes.e2e_embedded import write_csv
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +53,19 @@ def test_gpu_benchmark_at_toy_size(tmp_path):
     result = json.loads((tmp_path / "x.json").read_text())
     assert len(result["rows"]) == 5 and set(result["main_job"]["runs"]) >= {"sl2o", "subspace_adamw", "adamw"}
     assert result["environment"]["device"]
+
+
+@pytest.mark.parametrize("job", ["resnet18", "resnet20", "resnet8", "deit-tiny"])
+def test_the_jobs_of_a_gpu_are_command_lines_of_the_recipes(job):
+    shipped = "default-lora" if job == "deit-tiny" else "default"
+    options = ["--data", "x", "--use_cpu", "--set", job, "max_steps=7", f"rules={shipped} gpt2=rules/one"]
+    parsed, arms, args = gpu_vision.parse(job, gpu_vision.options_of(options))
+    assert args.max_steps == 7 and parsed.rules == [shipped, "gpt2=rules/one"] and parsed.model == job
+    assert arms[-1] == "sl2o_gpt2" and set(arms) <= parsed.arm_names()
+    known = resnet_cifar.TUNED if getattr(parsed, "baselines", "") == "tuned" else parsed.known_arms
+    for arm, rate, seed in gpu_vision.JOBS[job].full:
+        rates = [lr for _, lr in known[arm].grid] or parsed.trajectory_learning_rates
+        assert rate in rates and seed < parsed.seeds
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
