@@ -149,12 +149,6 @@ def portable(value: Any) -> Any:
     return f"{head}{equals}{Path(path).name}" if Path(path).is_absolute() else value
 
 
-def final_loss(run: dict[str, Any]) -> float:
-    """The last validation loss of a run; infinite if it diverged."""
-    loss = float(run["eval"][-1][1])
-    return loss if loss == loss else float("inf")
-
-
 class RecipeTrainer(SL2OTrainer):
     """Makes its optimizer and schedule as an [`Arm`] says."""
 

@@ -25,7 +25,6 @@ from arms import (
     Bar,
     PipelineArguments,
     RecipeTrainer,
-    final_loss,
     leave_processes,
     portable,
     stage,
@@ -37,6 +36,7 @@ from torch import nn
 from transformers import HfArgumentParser, PrinterCallback
 from transformers.training_args import OptimizerNames
 from transformers.utils.logging import disable_progress_bar
+from tuning import best_of, choices, final_loss, over_seeds, search, summary
 
 from hf_sl2o import (
     Basis,
@@ -56,7 +56,7 @@ from hf_sl2o import (
     TrajectoryCallback,
     fit_basis,
 )
-from hf_sl2o.comparison import environment, mean_curve, peak_bytes, plot, reset_peak, table
+from hf_sl2o.comparison import environment, peak_bytes, plot, reset_peak, table
 from hf_sl2o.files import load_json, save_json
 from hf_sl2o.trainer import last_complete_checkpoint, steps_done
 
@@ -202,7 +202,8 @@ class Pipeline:
     def sample(self) -> tuple[Path, float]:
         """Tunes the recorded arm in the full space; its run with the lowest validation loss is the trajectory."""
         name, arm = self.recorded_arm, self.arms[self.recorded_arm]
-        tuned, best = self.tune(name, arm)
+        tuned = self.tune(arm, self.runner(name, arm))
+        best = best_of(tuned)
         for seed in range(1, self.recipe.seeds):
             self.one(name, arm, best, seed)
         print(f"  {name}, full space, lr {best[1]:g}: validation loss {tuned[best]['eval'][-1][1]:.4f}", flush=True)
@@ -323,26 +324,19 @@ class Pipeline:
         key = stamp(self.key, training_settings(args), name, choice, seed, used, arm.decay_at)
         return self.run(folder, args, key, arm, **objects)
 
-    def tune(self, name: str, arm: Arm, *objects: Any) -> tuple[dict[tuple[str, float], Any], tuple[str, float]]:
-        """Runs the arm's grid with the first seed; while the best one on validation is at an edge, the grid grows."""
-        recipe, grid = self.recipe, arm.grid or tuple(("full", lr) for lr in self.recipe.trajectory_learning_rates)
-        if recipe.quick_grid and arm.grid:
-            units = dict.fromkeys(unit for unit, _ in grid)
-            grid = tuple(choice for unit in units for choice in [c for c in grid if c[0] == unit][:2])
-        if recipe.subspace in ("lora", "random") and arm.grid:  # there both coordinates are the same
-            grid = tuple(dict.fromkeys(("orthonormal", lr) for _, lr in grid))
-        tuned = {choice: self.one(name, arm, choice, 0, *objects) for choice in grid}
-        while True:
-            best = min(tuned, key=lambda choice: final_loss(tuned[choice]))
-            rates = sorted(lr for units, lr in tuned if units == best[0])
-            if recipe.quick_grid or not arm.grid or not 1 < len(rates) < 8 or rates[0] < best[1] < rates[-1]:
-                return tuned, best
-            wider = best[1] * 10 ** (0.5 if best[1] == rates[-1] else -0.5)
-            choice = best[0], float(f"{wider:.1g}")
-            tuned[choice] = self.one(name, arm, choice, 0, *objects)
+    def runner(self, name: str, arm: Arm, *objects: Any) -> Callable[..., Any]:
+        """Runs the arm with a choice of units and rate, and a seed (0 where none is given)."""
+        return lambda choice, seed=0: self.one(name, arm, choice, seed, *objects)
+
+    def tune(self, arm: Arm, run: Callable[..., Any]) -> dict[tuple[str, float], Any]:
+        """Runs the arm's grid with the first seed."""
+        recipe = self.recipe
+        grid = choices(arm.grid, quick=recipe.quick_grid, one_unit=recipe.subspace in ("lora", "random"))
+        full = [("full", lr) for lr in recipe.trajectory_learning_rates]
+        return search(run, grid or full, grow=bool(grid) and not recipe.quick_grid)
 
     def train(self, basis: Basis, rule: Rule) -> dict[str, Any]:
-        """Tunes every arm on validation: a grid with the first seed, then its two best over all seeds."""
+        """Tunes every arm on validation, and runs its two best choices with every seed."""
         recipe, runs = self.recipe, {}
         redundant = {"lora": {"subspace_adamw"}, "random": {"random"}}.get(recipe.subspace, set())
         for name, arm in self.arms.items():
@@ -352,40 +346,17 @@ class Pipeline:
             if arm.basis == "random":
                 rows = min(recipe.dim, basis.layout.n)
                 objects = RandomBasis(basis.layout, rows, seed=self.args.seed + 1).to_dense(), rule
-            tuned, best = self.tune(name, arm, *objects)
-            # One seed may flatter a learning rate at the edge of stability: the two best meet again over all seeds.
-            finalists = sorted(tuned, key=lambda choice: final_loss(tuned[choice]))[:2] if arm.grid else [best]
-            runs_of = {
-                choice: [tuned[choice], *(self.one(name, arm, choice, i, *objects) for i in range(1, recipe.seeds))]
-                for choice in finalists
-            }
-            means = {choice: sum(map(final_loss, of)) / len(of) for choice, of in runs_of.items()}
-            best = min(means, key=lambda choice: means[choice])
-            seeds = runs_of[best]
-            self.publish(name, best)
-            evals = [run["eval"] for run in seeds]
+            run = self.runner(name, arm, *objects)
+            tuned = self.tune(arm, run)
+            means, seeds = over_seeds(run, tuned, recipe.seeds, finalists=2 if arm.grid else 1)
             runs[name] = {
                 "optim": arm.optim,
-                "units": best[0],
-                "learning_rate": best[1],
-                "grid": [[*choice, run["eval"]] for choice, run in tuned.items()],
-                "finalists": [[*choice, mean if mean < float("inf") else None] for choice, mean in means.items()],
                 "seeds": [self.args.seed + seed for seed in range(recipe.seeds)],
-                "train_loss": mean_curve([run["train_loss"] for run in seeds]),
-                "train_loss_per_seed": [run["train_loss"] for run in seeds],
-                "eval": mean_curve(evals),
-                "eval_per_seed": evals,
-                "accuracy_per_seed": [run["accuracy"] for run in seeds],
-                "final_eval_loss": sum(curve[-1][1] for curve in evals) / len(evals),
-                "seconds": sum(run["seconds"] for run in seeds) / len(seeds),
-                "peak_bytes": max(run["peak_bytes"] or 0 for run in seeds) or None,
-                "state_bytes": seeds[0]["state_bytes"],
+                **summary(tuned, means, seeds),
             }
-            if "test_accuracy" in seeds[0]:
-                runs[name]["test_accuracy_per_seed"] = [run["test_accuracy"] for run in seeds]
-            print(
-                f"  {name}: {best[0]} lr {best[1]:g}, validation loss {runs[name]['final_eval_loss']:.4f}", flush=True
-            )
+            units, lr = best = next(iter(means))
+            self.publish(name, best)
+            print(f"  {name}: {units} lr {lr:g}, validation loss {runs[name]['final_eval_loss']:.4f}", flush=True)
         return runs
 
     def publish(self, name: str, best: tuple[str, float]) -> None:
