@@ -252,11 +252,8 @@ class Pipeline:
             eval_batches=self.eval_batches(),
         )
 
-    def meta(self, basis: Basis, key: str) -> dict[str, Any]:
+    def meta(self, basis: Basis, config: RuleConfig, key: str) -> dict[str, Any]:
         recipe = self.recipe
-        config = self.rule_config()
-        if recipe.output_scale is not None:
-            config = dataclasses.replace(config, output_scale=recipe.output_scale)
         torch.manual_seed(self.args.seed)
         rule: Rule = LSTMRule(config)
         folder = self.folder / "rule" / key
@@ -401,10 +398,14 @@ class Pipeline:
             stages["extract"] = stage(self.folder, "extract", key, lambda: self.extract(trajectory))
         basis = self.load_basis()
         if recipe.rule is None:
-            meta = ("meta_epochs", "inner_steps", "unroll_length", "output_scale")
+            config = self.rule_config()
+            if recipe.output_scale is not None:
+                config = dataclasses.replace(config, output_scale=recipe.output_scale)
+            names = ("meta_epochs", "inner_steps", "unroll_length")
+            meta = [*(getattr(recipe, name) for name in names), dataclasses.asdict(config)]
             processes = PartialState().num_processes  # an episode each
-            key = stamp(self.key, basis.fingerprint, [getattr(recipe, name) for name in meta], processes)
-            stages["meta"] = stage(self.folder, "meta", key, lambda: self.meta(basis, key), collective=True)
+            key = stamp(self.key, basis.fingerprint, meta, processes)
+            stages["meta"] = stage(self.folder, "meta", key, lambda: self.meta(basis, config, key), collective=True)
             rule = Rule.from_pretrained(self.folder / stages["meta"]["rule"])
             if recipe.save_rule and PartialState().is_main_process:
                 Path(recipe.save_rule).mkdir(parents=True, exist_ok=True)

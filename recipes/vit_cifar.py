@@ -187,10 +187,10 @@ class Recipe(CifarPipeline):
         return {**super().trainer_objects(), "compute_loss_func": classification_loss}
 
     def rule_config(self) -> RuleConfig:
-        if self.recipe.subspace != "lora":
-            return RuleConfig.preset("paper-cnn")
+        if self.recipe.model in SIZES or self.recipe.subspace != "lora":
+            return super().rule_config()
         deit = "deit" in self.start.config.model_type  # type: ignore[union-attr, operator]
-        return RuleConfig.preset("paper-transformer") if deit else RuleConfig(output_scale=1e-4)
+        return RuleConfig.preset("paper-transformer") if deit else RuleConfig(output_scale=1e-4)  # for 20 epochs
 
     def full_space(self, name: str, folder: Path, lr: float, seed: int) -> SL2OTrainingArguments:
         args = super().full_space(name, folder, lr, seed)

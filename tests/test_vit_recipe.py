@@ -51,7 +51,7 @@ def test_all_stages(tmp_path, subspace):
         assert len(run["test_accuracy_per_seed"]) == 1
     assert set(result["steps_to_accuracy"]) == {"adamw_best", "adamw_best_less_0.1_points"}
     config = Rule.from_pretrained(next((tmp_path / "rule").iterdir())).config
-    assert (config.log_sign, config.output_scale) == ((10.0, 1e-4) if subspace == "lora" else (None, 1.0))
+    assert (config.log_sign, config.output_scale) == ((10.0, 0.01) if subspace == "lora" else (None, 1.0))
     saved = {path.name for path in (tmp_path / "sl2o" / "checkpoint-4").iterdir()}
     assert ("adapter_model.safetensors" in saved) == ("lora" in subspace) and "coefficients.safetensors" in saved
 
