@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ def meta_trained(task: Task, preset: str, options: argparse.Namespace) -> Rule:
     return MetaTrainer(LSTMRule(RuleConfig.preset(preset)), args, [task]).train()
 
 
+def summary(matrix: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Per row, the geometric mean over the columns of (held-out loss / the column's lowest)."""
+    means: dict[str, dict[str, float]] = {}
+    for row in dict.fromkeys(row for column in matrix.values() for row in column):
+        for when in ("early_eval_loss", "final_eval_loss"):
+            ratios = [
+                math.log(column[row][when] / min(entry[when] for entry in column.values()))
+                for column in matrix.values()
+            ]
+            means.setdefault(row, {})[when] = math.exp(sum(ratios) / len(ratios))
+    return means
+
+
 def plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib
 
@@ -59,7 +73,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 entry = result["matrix"][column][row]
                 ratios[i, j] = entry["final_eval_loss"] / best
                 early = entry["early_eval_loss"]
-                axis.text(j, i, f"{entry['final_eval_loss']:.3f}\n({early:.3f})", ha="center", va="center", fontsize=7)
+                text, colour = (
+                    f"{entry['final_eval_loss']:.3f}\n({early:.3f})",
+                    "white" if ratios[i, j] > 1.35 else "black",
+                )
+                axis.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
     axis.imshow(ratios.clamp(max=1.5), cmap="YlOrRd", aspect="auto")
     axis.set_xticks(range(len(columns)), columns, rotation=20)
     axis.set_yticks(range(len(rows)), rows)
@@ -95,6 +113,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             for label, rule in of_task.items()
         }
         tuned = arms_of("default", rules["default"], options.steps, task.basis.layout)
+        arms["default, averaged"] = dataclasses.replace(tuned.pop("sl2o_average"), key="sl2o_average")
         arms |= {f"{arm}, tuned": dataclasses.replace(tuned[arm], key=arm) for arm in tuned if arm != "sl2o"}
         runs = compare_on(task, arms, options.steps, seeds=options.seeds, cache=options.cache)
         matrix[name] = {
@@ -110,8 +129,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for row, entry in matrix[name].items():
             print(f"  {row:40} {entry['early_eval_loss']:.4f} {entry['final_eval_loss']:.4f}", flush=True)
     settings = {name: getattr(options, name) for name in ("steps", "meta_epochs", "seeds")}
-    environment_ = environment(Path(__file__).parent)
-    result = {"study": "transfer", **settings, "early": early, "matrix": matrix, "environment": environment_}
+    result = {
+        "study": "transfer",
+        **settings,
+        "early": early,
+        "matrix": matrix,
+        "summary": summary(matrix),
+        "environment": environment(Path(__file__).parent),
+    }
     if options.json:
         save_json(options.json, result)
         plot(result, options.json.with_suffix(".png"))

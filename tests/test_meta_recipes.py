@@ -145,6 +145,18 @@ def test_studies(short, tmp_path):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
 
+def test_transfer_is_summed_up_by_geometric_means_over_the_columns():
+    def entry(early, final):
+        return {"early_eval_loss": early, "final_eval_loss": final}
+
+    matrix = {"a": {"x": entry(2.0, 1.0), "y": entry(4.0, 1.0)}, "b": {"x": entry(8.0, 0.9), "y": entry(2.0, 0.1)}}
+    found = study_transfer.summary(matrix)
+    assert found["x"] == {"early_eval_loss": pytest.approx(2.0), "final_eval_loss": pytest.approx(3.0)}
+    assert found["y"]["early_eval_loss"] == pytest.approx(2**0.5) and found["y"]["final_eval_loss"] == pytest.approx(
+        1.0
+    )
+
+
 def test_study_of_inputs(short, plans, tmp_path):
     words = ["--variants", "plan", "neither", "--seeds", "1", "--output_dir", str(tmp_path)]
     words += ["--judge_on", "quadratic", "--judge_steps", "20", "--runs_dir", str(tmp_path / "runs")]
