@@ -19,6 +19,7 @@ BLOCKS = {
     "resnet8": ROOT / "recipes" / "results" / "resnet8_cifar.json",
     "resnet8-average": ROOT / "recipes" / "results" / "resnet8_cifar_average.json",
     "resnet20": ROOT / "recipes" / "results" / "resnet20_cifar.json",
+    "vit-lora": ROOT / "recipes" / "results" / "vit_small_lora_cifar.json",
 }
 
 
@@ -111,9 +112,11 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
     )
     peak_of = next(iter(result["steps_to_accuracy"])).removesuffix("_best")
     peaks = [max(curve, key=lambda point: point[1])[0] for curve in runs[peak_of]["accuracy_per_seed"]]
+    extraction = f", {cost['seconds']['extract']:.1f} s of PCA" if "extract" in cost["seconds"] else ""
+    others = f"(chosen among runs of {cost['other_recorded_runs']} more)"
+    trajectory = f"trajectory {cost['trajectory']} {others}, " if extraction else ""
     device = result["environment"]["device"]
     on = "" if device.startswith("cpu") else f" on an {device}, which several runs shared"
-    extraction = f", {cost['seconds']['extract']:.1f} s of PCA" if "extract" in cost["seconds"] else ""
     return (
         table(result)
         + f"\n\nn = {result['n']:,}, {len(runs['sl2o']['seeds'])} seeds, batches of "
@@ -123,8 +126,7 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
         + f"{peak_of}'s seeds have their best after {', '.join(map(str, peaks))} steps. "
         + '"never": at least one seed does not get there. '
         + f"Test accuracy by seed, {result['data']['test']['rows']} rows, %: {per_seed}. "
-        + f"Paid once, in training steps: trajectory {cost['trajectory']} (chosen among runs of "
-        + f"{cost['other_recorded_runs']} more), meta-training {cost['meta_training']}{extraction}. "
+        + f"Paid once, in training steps: {trajectory}meta-training {cost['meta_training']}{extraction}. "
         + f"Made at commit {result['environment']['commit'][:7]}{on}."
     )
 
@@ -133,6 +135,7 @@ MAKE = {
     "resnet8": vision,
     "resnet8-average": vision,
     "resnet20": vision,
+    "vit-lora": vision,
     "e2e": e2e,
     "step-cost": step_cost,
     "rule-default": rule,
