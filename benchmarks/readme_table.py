@@ -17,7 +17,6 @@ BLOCKS = {
     "meta-cost": ROOT / "benchmarks" / "results" / "meta_training.json",
     "meta-processes": ROOT / "benchmarks" / "results" / "meta_processes.json",
     "resnet8": ROOT / "recipes" / "results" / "resnet8_cifar.json",
-    "resnet8-average": ROOT / "recipes" / "results" / "resnet8_cifar_average.json",
     "resnet20": ROOT / "recipes" / "results" / "resnet20_cifar.json",
     "vit-lora": ROOT / "recipes" / "results" / "vit_small_lora_cifar.json",
 }
@@ -133,7 +132,6 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
 
 MAKE = {
     "resnet8": vision,
-    "resnet8-average": vision,
     "resnet20": vision,
     "vit-lora": vision,
     "e2e": e2e,
