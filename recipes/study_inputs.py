@@ -53,14 +53,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axes[1].plot(known, [y + 0.2 * index - 0.1] * len(known), "os"[index], color=f"C{index}", label=label)
             if len(known) < len(ratios):
                 never = f"{len(ratios) - len(known)} never"
-                axes[1].annotate(never, (1.0, y + 0.2 * index - 0.1), xycoords=("axes fraction", "data"), ha="right",
+                axes[1].annotate(never, (1.01, y + 0.2 * index - 0.1), xycoords=("axes fraction", "data"), ha="left",
                                  va="center", fontsize=7, color=f"C{index}")  # fmt: skip
     axes[0].set_yticks(range(len(rows)), [row["variant"] for row in rows])
     axes[0].set(xlabel="score: held-out loss over that before training (a dot a seed)")
     axes[1].set(xlabel="steps over the tuned baseline's own, to its final loss (a dot a seed and task)")
     axes[0].invert_yaxis()
     if rows[0]["judged"]:
-        axes[1].legend(fontsize=8)
+        axes[1].legend(fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
