@@ -1,7 +1,7 @@
 """The vision recipes at the size of a GPU: their own stages, with runs that do not wait for each other side by side.
 
     python benchmarks/gpu_vision.py --data FOLDER --output_dir OUT --processes 8
-    python benchmarks/gpu_vision.py --data FOLDER --jobs resnet20 --set resnet20 trajectory_steps=39100 seeds=1
+    python benchmarks/gpu_vision.py --data FOLDER --jobs resnet20 --set resnet20 trajectory_steps=39100
 
 FOLDER holds train.parquet and test.parquet of CIFAR-10. A small network leaves most of a GPU idle, so several runs
 share it; what one run takes alone is in none of these results. Each job ends in OUT/<job>/comparison.json, which is
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import subprocess
 import sys
 import threading
@@ -125,14 +124,13 @@ def run(job: str, options: argparse.Namespace, slots: threading.Semaphore) -> No
         name = "-".join(map(str, (job, *what)))[:80]
         log = options.output_dir / "logs" / f"{name}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        flags = [arg for group in options.set for arg in ("--set", *group)] + (
-            ["--use_cpu"] if options.use_cpu else []
-        )
+        flags = [arg for group in options.set for arg in ("--set", *group)]
+        flags += ["--use_cpu"] if options.use_cpu else []
         command = [sys.executable, __file__, "--data", str(options.data), "--output_dir", str(options.output_dir)]
         with slots, log.open("w") as out:
             began = time.perf_counter()
             given = [*command, *flags, "--child", job, *map(str, what)]
-            code = subprocess.run(given, stdout=out, stderr=subprocess.STDOUT, env={**os.environ}).returncode
+            code = subprocess.run(given, stdout=out, stderr=subprocess.STDOUT).returncode
         seconds = time.perf_counter() - began
         print(f"[{time.perf_counter() - start:4.0f} s] {name}: {seconds:.0f} s, exit {code}", flush=True)
         if code:
@@ -146,13 +144,13 @@ def run(job: str, options: argparse.Namespace, slots: threading.Semaphore) -> No
     if plan.first:
         process("prepare")
     full = [("full", *choice) for choice in plan.full]
-    if "pca" in " ".join(command_line(job, options)) or plan.recipe == "resnet_cifar":
+    first = ("arms", arms[0])
+    if plan.recipe == "resnet_cifar" or any(flag.startswith("pca") for flag in command_line(job, options)):
         together(*full)  # their snapshots are what the rest needs
-        process("arms", arms[0])
-        together(*(("arms", arm) for arm in arms[1:]))
+        process(*first)
     else:
-        together(*full, ("arms", arms[0]))
-        together(*(("arms", arm) for arm in arms[1:]))
+        together(*full, first)
+    together(*(("arms", arm) for arm in arms[1:]))
     process("arms", *arms)
     print((options.output_dir / "logs" / ("-".join((job, "arms", *arms))[:80] + ".log")).read_text(), flush=True)
 
