@@ -100,6 +100,12 @@ def meta_processes(result: dict) -> str:  # type: ignore[type-arg]
     return "\n".join(lines)
 
 
+def at_edge(run: dict) -> bool:  # type: ignore[type-arg]
+    """Whether a better learning rate may lie outside the grid that was run."""
+    rates = sorted(lr for units, lr, _ in run["grid"] if units == run["units"])
+    return len(rates) > 1 and run["learning_rate"] in (rates[0], rates[-1])
+
+
 def vision(result: dict) -> str:  # type: ignore[type-arg]
     """Every arm, and in the same unit what was paid before."""
     cost, recipe, runs = result["amortised"], result["recipe"], result["runs"]
@@ -111,6 +117,7 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
     )
     peak_of = next(iter(result["steps_to_accuracy"])).removesuffix("_best")
     peaks = [max(curve, key=lambda point: point[1])[0] for curve in runs[peak_of]["accuracy_per_seed"]]
+    edge = [arm for arm, run in runs.items() if at_edge(run)]
     extraction = f", {cost['seconds']['extract']:.1f} s of PCA" if "extract" in cost["seconds"] else ""
     others = f"(chosen among runs of {cost['other_recorded_runs']} more)"
     trajectory = f"trajectory {cost['trajectory']} {others}, " if extraction else ""
@@ -124,6 +131,11 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
         + f". Levels on {result['data']['validation']['rows']} validation rows: {'; '.join(levels)}. "
         + f"{peak_of}'s seeds have their best after {', '.join(map(str, peaks))} steps. "
         + '"never": at least one seed does not get there. '
+        + (
+            f"The chosen rate is at the edge of its grid, and a better one may lie outside: {', '.join(edge)}. "
+            if edge
+            else ""
+        )
         + f"Test accuracy by seed, {result['data']['test']['rows']} rows, %: {per_seed}. "
         + f"Paid once, in training steps: {trajectory}meta-training {cost['meta_training']}{extraction}. "
         + f"Made at commit {result['environment']['commit'][:7]}{on}."

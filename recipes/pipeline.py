@@ -225,7 +225,8 @@ class Pipeline:
         trajectory = Trajectory(path)
         large = trajectory.layout is not None and trajectory.layout.n > 20_000_000
         dtype = torch.bfloat16 if large else torch.float32
-        basis = fit_basis(trajectory, self.recipe.dim, dtype=dtype, device=self.args.device)
+        device = self.args.device if self.args.device.type == "cuda" else "cpu"  # others have no float64
+        basis = fit_basis(trajectory, self.recipe.dim, dtype=dtype, device=device)
         basis.save_pretrained(self.folder / "basis")
         share = basis.provenance["explained_variance"]
         print(f"  {basis.dim} directions hold {100 * share:.3f} % of the trajectory's variance", flush=True)

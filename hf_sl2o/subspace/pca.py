@@ -226,8 +226,8 @@ def fit_basis(
         blocks (`str`, *optional*, defaults to `"global"`): `"global"`, or `"layer"` for d directions a layer.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Storage dtype of the directions.
         steps (`list[int]`, *optional*, defaults to all): Which snapshots to use.
-        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where the products are computed, in float64;
-            a block of the trajectory at a time is there. The basis is returned on the CPU.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where the products are computed; it must
+            know float64. A block of the trajectory at a time is there. The basis is returned on the CPU.
         progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
 
     Returns:
