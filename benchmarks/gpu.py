@@ -1,4 +1,4 @@
-"""The main job at real size on one GPU: GPT-2 124M from its config, E2E, bf16, d = 40.
+"""The main job at real size on one GPU: GPT-2 124M from its config, E2E, bf16, d = 40, the shipped rule.
 
     python benchmarks/gpu.py --data FOLDER --json benchmarks/results/gpu.json
 
@@ -28,15 +28,23 @@ import step_cost
 
 from hf_sl2o.comparison import environment
 from hf_sl2o.files import save_json
+from hf_sl2o.registry import SHIPPED_RULES
 
 ARMS = ["sl2o", "subspace_adamw", "subspace_adamw_orthonormal", "subspace_momentum", "adamw"]
 
 
 def real_size(data: Path) -> list[str]:
     flags = "--model gpt2 --from_scratch --bf16 --seeds 1 --trajectory_steps 600 --snapshots 50 --max_steps 100"
-    flags += " --meta_epochs 2 --inner_steps 100 --eval_rows 256 --eval_steps 10 --quick_grid --save_strategy no"
-    flags += " --trajectory_learning_rates 0.0006"
-    return [*flags.split(), "--tokenizer", str(data / "gpt2_tokenizer"), "--data", str(data)]
+    flags += " --eval_rows 256 --eval_steps 10 --quick_grid --save_strategy no --trajectory_learning_rates 0.0006"
+    return [
+        *flags.split(),
+        "--rule",
+        str(SHIPPED_RULES / "default"),
+        "--tokenizer",
+        str(data / "gpt2_tokenizer"),
+        "--data",
+        str(data),
+    ]
 
 
 def smoke(data: Path) -> list[str]:

@@ -37,7 +37,7 @@ class Job:
 
     recipe: str
     flags: str
-    arms: tuple[str, ...]  # the first one has what the stages before it need
+    arms: tuple[str, ...]
     full: tuple[tuple[str, float, int], ...] = ()
     first: bool = False  # theta_0 has to be trained before anything else
 
@@ -63,11 +63,14 @@ JOBS = {
     ),
     "deit-tiny": Job(
         "vit_cifar",
-        "--model deit-tiny --subspace lora --base_steps 3000 --max_steps 1200 --trajectory_steps 1200 --quick_grid "
-        "--validation_rows 1500 --eval_rows 3000 --eval_steps 30 --logging_steps 30 --meta_epochs 8 --inner_steps 300 "
-        "--save_strategy no --logging_nan_inf_filter false --trajectory_learning_rates 0.0003 0.001 0.003",
-        ("sl2o", "sl2o_default-lora", "adamw", "adamw_2e-4", "subspace_momentum"),
-        tuple(("adamw", lr, 0) for lr in (3e-4, 1e-3, 3e-3)),
+        # 20 epochs of what was held back, as the paper's
+        "--model deit-tiny --subspace lora --base_steps 3000 --max_steps 4200 --trajectory_steps 4200 --quick_grid "
+        "--validation_rows 1500 --eval_rows 3000 --eval_steps 60 --logging_steps 60 --meta_epochs 8 --inner_steps 300 "
+        "--save_strategy no --logging_nan_inf_filter false --trajectory_learning_rates 0.0001 0.0003 0.001 0.003",
+        ("sl2o", "sl2o_default-lora", "adamw"),
+        # every rate with the first seed, and what are likely to be the two best with the others
+        tuple(("adamw", lr, seed) for lr in (3e-4, 1e-3) for seed in range(3))
+        + (("adamw", 1e-4, 0), ("adamw", 3e-3, 0)),
         first=True,
     ),
 }
@@ -104,21 +107,31 @@ def parse(job: str, options: argparse.Namespace) -> tuple[Any, tuple[str, ...], 
 
 
 def child(options: argparse.Namespace) -> None:
-    """One process: `prepare`, `full ARM RATE SEED`, or `arms ARM...`."""
+    """One process: `prepare`, `rule`, `full ARM RATE SEED`, `seed ARM SEED` of a rule, or `arms ARM...`."""
     job, what, *rest = options.child
     module: Any = importlib.import_module(JOBS[job].recipe)
     if what == "arms":
         module.main([*command_line(job, options), "--arms", *rest])
         return
+    from tuning import choices
+
     parsed, _, args = parse(job, options)
     recipe = module.Recipe(parsed, args)
     if what == "full":
         arm, rate, seed = rest
         recipe.one(arm, recipe.arms[arm], ("full", float(rate)), int(seed))
+    elif what == "rule":
+        recipe.make_rule(recipe.make_basis({}), {})
+    elif what == "seed":
+        arm, seed = rest
+        basis = recipe.load_basis()
+        rule = recipe.make_rule(basis, {}) if arm == "sl2o" else None
+        (choice,) = choices(recipe.arms[arm].grid, one_unit=parsed.subspace in ("lora", "random"))
+        recipe.one(arm, recipe.arms[arm], choice, int(seed), basis, rule)
 
 
-def run(job: str, options: argparse.Namespace, slots: threading.Semaphore) -> None:
-    plan, arms, start = JOBS[job], arms_of(job, options), time.perf_counter()
+def run(job: str, recipe: Any, arms: tuple[str, ...], options: argparse.Namespace, slots: threading.Semaphore) -> None:
+    plan, start = JOBS[job], time.perf_counter()
 
     def process(*what: Any) -> None:
         name = "-".join(map(str, (job, *what)))[:80]
@@ -141,16 +154,26 @@ def run(job: str, options: argparse.Namespace, slots: threading.Semaphore) -> No
             for future in [threads.submit(process, *work) for work in works]:
                 future.result()
 
+    def runs_of(arms: tuple[str, ...]) -> list[tuple[Any, ...]]:
+        """A process for each seed of a rule, and for each other arm, whose rate has to be found first."""
+        rules = [("seed", arm, seed) for arm in arms if arm.startswith("sl2o") for seed in range(recipe.seeds)]
+        return [*rules, *(("arms", arm) for arm in arms if not arm.startswith("sl2o"))]
+
+    full = [("full", *choice) for choice in plan.full]
     if plan.first:
         process("prepare")
-    full = [("full", *choice) for choice in plan.full]
-    first = ("arms", arms[0])
-    if plan.recipe == "resnet_cifar" or any(flag.startswith("pca") for flag in command_line(job, options)):
-        together(*full)  # their snapshots are what the rest needs
-        process(*first)
+    if recipe.subspace == "lora":  # nothing is recorded: only the rule of this task has to wait, for its meta-training
+        own = tuple(arm for arm in arms if arm == "sl2o")
+        others = [work for work in runs_of(arms) if work[1] not in (*own, *(choice[0] for choice in plan.full))]
+        with ThreadPoolExecutor(1) as beside:
+            rest = beside.submit(together, *full, *others)
+            process("rule")
+            together(*runs_of(own))
+            rest.result()
     else:
-        together(*full, first)
-    together(*(("arms", arm) for arm in arms[1:]))
+        together(*full)  # their snapshots are what the rest needs
+        process("rule")
+        together(*runs_of(arms))
     process("arms", *arms)
     print((options.output_dir / "logs" / ("-".join((job, "arms", *arms))[:80] + ".log")).read_text(), flush=True)
 
@@ -172,10 +195,11 @@ def main(argv: list[str] | None = None) -> None:
     if options.child:
         child(options)
         return
+    parsed = {job: parse(job, options)[:2] for job in options.jobs}
     slots = threading.Semaphore(options.processes)
     failed = []
     with ThreadPoolExecutor(len(options.jobs)) as threads:
-        jobs = {job: threads.submit(run, job, options, slots) for job in options.jobs}
+        jobs = {job: threads.submit(run, job, *parsed[job], options, slots) for job in options.jobs}
         for job, future in jobs.items():
             if error := future.exception():
                 failed.append(job)

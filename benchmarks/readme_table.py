@@ -60,7 +60,7 @@ def cell(value: float | None) -> str:
 def rule(result: dict) -> str:  # type: ignore[type-arg]
     """Per unseen task: what each optimizer ends at, and steps to the level of each baseline."""
     ours = list(next(iter(result["summary"].values()))["mean_ratios"])
-    names = {"sl2o": "sl2o", "sl2o_average": "sl2o averaged"}
+    names = {"sl2o": "sl2o", "sl2o_last": "sl2o not averaged"}
     lines = ["| task | optimizer | learning rate | final loss | its steps there |"]
     lines[0] += "".join(f" steps of {names[arm]} there |" for arm in ours)
     lines.append("|---" * (5 + len(ours)) + "|")

@@ -55,8 +55,8 @@ class SL2OTrainingArguments(TrainingArguments):
     sl2o_average: float | None = field(
         default=None,
         metadata={
-            "help": "eta of a running average of the coefficients, at which the model is evaluated and saved; step t "
-            "weighs as t^eta. Default: none."
+            "help": "eta of a running average of what is moved, at which the model is evaluated and saved; step t "
+            "weighs as t^eta. 0: none. Default: the rule's own, and none without a rule."
         },
     )
     sl2o_outside: str = field(
@@ -83,7 +83,9 @@ class SL2OTrainingArguments(TrainingArguments):
         if self.sl2o_units not in (None, "std", "orthonormal"):
             raise ValueError(f'sl2o_units is {self.sl2o_units!r}, expected "std" or "orthonormal"')
         if self.sl2o_average is not None and not self.sl2o_average >= 0:
-            raise ValueError(f"sl2o_average is {self.sl2o_average}, expected a number >= 0, or None for no average")
+            raise ValueError(
+                f"sl2o_average is {self.sl2o_average}, expected a number > 0, 0 for no average, or None for the rule's"
+            )
         if self.sl2o_outside not in ("freeze", "adamw"):
             raise ValueError(f'sl2o_outside is {self.sl2o_outside!r}, expected "freeze" or "adamw"')
         if self.sl2o_warmup_steps:

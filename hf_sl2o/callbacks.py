@@ -139,16 +139,16 @@ class SubspaceLogCallback(TrainerCallback):
 
 
 class AverageCallback(TrainerCallback):
-    """Evaluates and saves at the running average of the coefficients; every Trainer gets one where it is kept.
+    """Evaluates and saves at the running average of what the optimizer moves; every Trainer gets one where it is kept.
 
     It runs before the callbacks of users, so that [`BatchNormCallback`] sees the averaged weights. Training goes on
-    from the last coefficients, and ends at the average.
+    from the last step, and ends at the average.
 
     Example:
 
     ```python
     >>> from hf_sl2o import SL2OTrainingArguments
-    >>> args = SL2OTrainingArguments("out", sl2o_basis="user/basis", sl2o_average=4.0, use_cpu=True)  # that is all
+    >>> args = SL2OTrainingArguments("out", sl2o_basis="user/basis", sl2o_average=9.0, use_cpu=True)  # that is all
     ```
     """
 
@@ -164,7 +164,7 @@ class AverageCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         optimizer = unwrap_optimizer(kwargs.get("optimizer"))
-        if isinstance(optimizer, SubspaceOptimizer):
+        if isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer):
             optimizer.use_last()
 
     def on_step_end(
@@ -172,7 +172,7 @@ class AverageCallback(TrainerCallback):
     ) -> None:
         optimizer = unwrap_optimizer(kwargs.get("optimizer"))
         due = control.should_evaluate or control.should_save or state.global_step >= state.max_steps
-        if due and isinstance(optimizer, SubspaceOptimizer):
+        if due and isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer):
             optimizer.use_average()
 
     def on_epoch_end(

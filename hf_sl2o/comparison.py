@@ -110,7 +110,8 @@ class Arm:
         basis ([`Basis`], *optional*): Instead of the task's: a random one, or the identity for the full space.
         key (`str`, *optional*, defaults to the arm's name): Tells its kept runs from those of others, such as a
             rule's fingerprint.
-        average (`float`, *optional*): Evaluate at the running average of the coefficients with this eta.
+        average (`float`, *optional*, defaults to 0.0): eta of the running average of the coefficients at which it is
+            evaluated; 0: none.
     """
 
     make: Callable[[float], Callable[[list[torch.Tensor]], torch.optim.Optimizer]]
@@ -118,7 +119,7 @@ class Arm:
     units: str = "std"
     key: str = ""
     basis: Basis | None = None
-    average: float | None = None
+    average: float = 0.0
 
 
 def compare_on(
@@ -158,7 +159,7 @@ def compare_on(
     def run(name: str, arm: Arm, lr: float, seed: int) -> dict[str, Any]:
         basis = task.basis if arm.basis is None else arm.basis
         where = basis.fingerprint, arm.units, steps, schedule, eval_every
-        at_mean = "" if arm.average is None else f"-average-{arm.average:g}"
+        at_mean = f"-average-{arm.average:g}" if arm.average else ""
         path = cache / task.name / f"{arm.key or name}{at_mean}-{lr:g}-seed-{seed}.json"
         known = load_json(path) if path.is_file() else {}
         if known.get("key") != list(where):

@@ -78,7 +78,8 @@ def build_optimizer(
         lr (`float`, *optional*): Defaults to 1.0 (sl2o, subspace_sgd) or 0.3 (subspace_adamw).
         units (`str`, *optional*): `"std"` or `"orthonormal"`; defaults to the units the basis was saved with.
         momentum (`float`, *optional*, defaults to 0.0): Of subspace_sgd; the paper's Momentum has 0.9.
-        average (`float`, *optional*): eta of a running average of the coefficients, see [`SubspaceOptimizer`].
+        average (`float`, *optional*): eta of a running average of what is moved, see [`SubspaceOptimizer`]; 0: none.
+            Defaults to the rule's own, and to none without a rule.
         betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): Of subspace_adamw.
         eps (`float`, *optional*, defaults to 1e-8): Of subspace_adamw.
         outside (`str`, *optional*, defaults to `"freeze"`): What happens to trainable parameters the basis does not
@@ -87,7 +88,7 @@ def build_optimizer(
         total_steps (`int`, *optional*): Steps of the run, for a rule that sees the share that is done.
 
     Raises:
-        `ValueError`: an unknown name; a basis that is missing or does not fit the model; an average without a basis.
+        `ValueError`: an unknown name; a basis that is missing or does not fit the model; a negative average.
         `FileNotFoundError`: a basis or rule that is not there; says what was looked for where.
     """
     if optim not in OPTIMIZERS:
@@ -100,24 +101,23 @@ def build_optimizer(
                 f'optim="{optim}" needs a basis and got none; pass sl2o_basis=..., or optim_args="basis=PATH_OR_ID" '
                 "(make one with TrajectoryCallback and fit_basis)"
             )
-        if average is not None:
-            raise ValueError(
-                f"average is {average} and there is no basis; only coefficients of a basis are averaged: pass a basis"
-            )
+        learned = load_rule(rule, with_basis=False)
+        average = learned.config.average if average is None else average
         trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
-        return LearnedOptimizer(trainable, load_rule(rule, with_basis=False), lr=lr, total_steps=total_steps)
+        return LearnedOptimizer(trainable, learned, lr=lr, total_steps=total_steps, average=average)
     basis = basis if isinstance(basis, Basis) else Basis.from_pretrained(basis)
     if units is not None:
         basis = basis.with_units(units)
     inner: Inner
     if optim == "sl2o":
         learned = load_rule(rule, with_basis=True)
+        average = learned.config.average if average is None else average
         inner = lambda c: LearnedOptimizer(c, learned, lr=lr, total_steps=total_steps)  # noqa: E731
     elif optim == "subspace_adamw":
         inner = lambda c: torch.optim.AdamW(c, lr=lr, betas=betas, eps=eps, weight_decay=0.0)  # noqa: E731
     else:
         inner = lambda c: torch.optim.SGD(c, lr=lr, momentum=momentum)  # noqa: E731
-    options: dict[str, Any] = {"max_grad_norm": max_grad_norm, "average": average, "outside": _outside(outside)}
+    options: dict[str, Any] = {"max_grad_norm": max_grad_norm, "average": average or 0.0, "outside": _outside(outside)}
     return SubspaceOptimizer(named_parameters, basis, inner, **options)
 
 
@@ -245,7 +245,7 @@ def _create_scheduler(self: trainer.Trainer, num_training_steps: int, *args: Any
         if "rule_fingerprint" in group and group["total_steps"] is None:
             group["total_steps"] = num_training_steps
     optimizer = unwrap_optimizer(self.optimizer)
-    if isinstance(optimizer, SubspaceOptimizer) and optimizer.average is not None:
+    if isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer) and optimizer.average:
         AverageCallback.attach(self)
     return _make_scheduler(self, num_training_steps, *args, **kwargs)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 # Choices that the first saved rules did not have to make.
-ADDED_LATER: dict[str, Any] = {"momenta": (), "progress": False, "tensor_scale": False}
+ADDED_LATER: dict[str, Any] = {"momenta": (), "progress": False, "tensor_scale": False, "average": 0.0}
 
 # Supplement, Table 2: expressions fitted to a rule that was meta-trained on ResNet-20.
 EXPRESSIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -18,6 +18,11 @@ EXPRESSIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "exp-tanh": lambda m, g: 0.2097 * torch.exp(torch.tanh(g)) - 0.2523,
     "exp-tanh-cubic": lambda m, g: 0.0627 * torch.exp(torch.tanh(g + m**3)),
 }
+
+
+def check_average(average: float) -> None:
+    if not average >= 0:
+        raise ValueError(f"average is {average}, expected a number > 0, or 0 for no average")
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,13 @@ class RuleConfig:
         default=False,
         metadata={"help": "m^ / s and g / s are inputs too, with s^2 the mean of v^ over the coordinate's tensor."},
     )
+    average: float = dataclasses.field(
+        default=0.0,
+        metadata={
+            "help": "eta of the running average at which a Trainer evaluates and saves, where its user sets none; "
+            "0: none. No part of the update."
+        },
+    )
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "momenta", tuple(self.momenta))  # JSON has lists
@@ -90,6 +102,7 @@ class RuleConfig:
             )
         if self.log_sign is not None and self.log_sign <= 0:
             raise ValueError(f"log_sign is {self.log_sign}, expected a positive number or None")
+        check_average(self.average)
         if self.expression is not None and self.expression not in EXPRESSIONS:
             raise ValueError(f"expression is {self.expression!r}, expected one of {sorted(EXPRESSIONS)}")
 

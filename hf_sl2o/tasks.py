@@ -210,7 +210,7 @@ def train_on(
     schedule: str = "constant",
     evaluate_at: Collection[int] = (),
     metric: Callable[[nn.Module], float] | None = None,
-    average: float | None = None,
+    average: float = 0.0,
     device: torch.device | None = None,
     autocast: torch.dtype | None = None,
 ) -> dict[str, Any]:
@@ -225,8 +225,8 @@ def train_on(
         schedule (`str`, *optional*, defaults to `"constant"`): `"constant"` or `"linear"` (to zero at the last step).
         evaluate_at (`Collection[int]`, *optional*): Steps after which the held-out loss is taken; 0: before training.
         metric (`Callable`, *optional*): Also taken there, such as an accuracy.
-        average (`float`, *optional*): Evaluate at the running average of the coefficients with this eta, as
-            [`SubspaceOptimizer`] does.
+        average (`float`, *optional*, defaults to 0.0): eta of the running average of the coefficients at which the
+            loss is taken, as [`SubspaceOptimizer`] keeps it; 0: none.
         device, autocast (*optional*): As for [`InnerRun`].
 
     Raises:
@@ -266,7 +266,7 @@ def train_on(
 
     def take(step: int) -> None:
         if step in evaluate_at:
-            away = None if average is None else mean - c
+            away = mean - c if average else None
             if away is not None:
                 run.move(away)
             evals.append([step, float(run.evaluate()), *([] if metric is None else [metric(run.model)])])
@@ -284,8 +284,8 @@ def train_on(
         before = c.clone()
         inner.step()
         run.move(c - before)
-        if average is not None:
-            mean.lerp_(c, average_weight(step + 1, average))
+        if average:
+            mean.lerp_(c, float(average_weight(step + 1, average)))
         losses.append(loss)
         spent += time.perf_counter() - start
         take(step + 1)

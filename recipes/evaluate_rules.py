@@ -6,7 +6,8 @@
 `default`: 40 coefficients in whitened units. The rule is not tuned; AdamW (whitened), momentum and SGD (the better of
 whitened and orthonormal units) are, on validation; so are AdamW in a random subspace and in the full space.
 `default-lora`: the scalars of LoRA factors. AdamW with its tuned rate and with its usual 2e-4, and momentum.
-Every arm's learning rate decays linearly to zero. Killed and started again it goes on.
+The rule is evaluated at its running average, as in a Trainer, and without; AdamW and momentum too. Every learning rate
+decays linearly to zero. Killed and started again it goes on.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ UNSEEN = {
     "default": ("cifar-resnet8", "cifar-vit", "docs-gru"),
     "default-lora": ("e2e-gpt2", "cifar-vit", "code-llama"),
 }
-OURS = ("sl2o", "sl2o_average")  # the rule, and evaluated at the running average of its coefficients
+OURS = ("sl2o", "sl2o_last")  # the rule as a Trainer has it, and without the running average
 TOLERANCE = 1.01  # a level counts as reached within 1 %, as in recipes/gpt2_e2e.py: single losses are noisy
 
 

@@ -56,7 +56,7 @@ OURS: dict[str, Any] = {
 }
 PLANS = {
     "default": Plan(
-        RuleConfig(tensor_scale=True, progress=True),
+        RuleConfig(tensor_scale=True, progress=True, average=4.0),  # study_average.py
         ("quadratic", "teacher", "teacher@8", "digits-mlp", "digits-mlp@8", "e2e-gpt2@8"),
         {
             **OURS,
@@ -67,7 +67,7 @@ PLANS = {
         },
     ),
     "default-lora": Plan(
-        RuleConfig(log_sign=10.0, output_scale=0.01, tensor_scale=True),
+        RuleConfig(log_sign=10.0, output_scale=0.01, tensor_scale=True, average=24.0),
         ("digits-mlp-lora4", "docs-gpt2-lora4"),
         {**OURS, "meta_epochs": 8},
         coordinates=2000,

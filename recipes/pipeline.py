@@ -315,12 +315,24 @@ class Pipeline:
             folder, arm.optim, learning_rate=lr, sl2o_momentum=arm.momentum, seed=self.args.seed + seed
         )
         objects: dict[str, Any] = {"basis": basis.with_units(units)}
-        if arm.optim == "sl2o":
-            objects["rule"] = SymbolicRule() if name == "symbolic" else self.extra_rules.get(name, rule)
+        if (own := self.rule_of(name, arm, rule)) is not None:
+            objects["rule"] = own
         used = {what: value.fingerprint for what, value in objects.items()}
-        used |= {} if args.sl2o_average is None else {"average": args.sl2o_average}
+        if average := self.average_of(own):
+            used["average"] = average
         key = stamp(self.key, training_settings(args), name, choice, seed, used, arm.decay_at)
         return self.run(folder, args, key, arm, **objects)
+
+    def rule_of(self, name: str, arm: Arm, rule: Rule | None) -> Rule | None:
+        """The rule of an arm; `rule` is that of the meta stage."""
+        if arm.optim != "sl2o":
+            return None
+        return SymbolicRule() if name == "symbolic" else self.extra_rules.get(name, rule)
+
+    def average_of(self, rule: Rule | None) -> float:
+        """eta of the running average that a run in the subspace is evaluated at, 0: none."""
+        own = 0.0 if rule is None else rule.config.average
+        return own if self.args.sl2o_average is None else self.args.sl2o_average
 
     def runner(self, name: str, arm: Arm, *objects: Any) -> Callable[..., Any]:
         """Runs the arm with a choice of units and rate, and a seed (0 where none is given)."""
@@ -350,6 +362,7 @@ class Pipeline:
             runs[name] = {
                 "optim": arm.optim,
                 "seeds": [self.args.seed + seed for seed in range(recipe.seeds)],
+                "average": 0.0 if arm.basis == "none" else self.average_of(self.rule_of(name, arm, rule)),
                 **summary(tuned, means, seeds),
             }
             units, lr = best = next(iter(means))
@@ -371,7 +384,7 @@ class Pipeline:
         comparison = {
             "recipe": portable(dataclasses.asdict(recipe)),
             "data": self.data,
-            "training": {**training_settings(self.args), "sl2o_average": self.args.sl2o_average},
+            "training": {**training_settings(self.args), "tf32": self.args.tf32},
             "n": Layout.from_named_parameters(self.start.named_parameters()).n,
             "runs": runs,
             "steps_to": to_losses(runs, self.targets(runs)),
@@ -388,8 +401,9 @@ class Pipeline:
             print(f"no figure: {error}")
         return comparison
 
-    def main(self) -> dict[str, Any] | None:
-        recipe, stages = self.recipe, {}
+    def make_basis(self, stages: dict[str, Any]) -> Basis:
+        """Samples and extracts, where the subspace is one of a recorded run; notes in `stages` what it cost."""
+        recipe = self.recipe
         if recipe.subspace.startswith("pca"):
             # Training runs are collective: all processes take part, `stage` only keeps a result.
             print("[sample]", flush=True)
@@ -397,23 +411,31 @@ class Pipeline:
             stages["sample"] = {"seconds": seconds}
             key = stamp(self.key, trajectory.relative_to(self.folder), recipe.seeds)
             stages["extract"] = stage(self.folder, "extract", key, lambda: self.extract(trajectory))
-        basis = self.load_basis()
-        if recipe.rule is None:
-            config = self.rule_config()
-            if recipe.output_scale is not None:
-                config = dataclasses.replace(config, output_scale=recipe.output_scale)
-            names = ("meta_epochs", "inner_steps", "unroll_length")
-            meta = [*(getattr(recipe, name) for name in names), dataclasses.asdict(config)]
-            processes = PartialState().num_processes  # an episode each
-            key = stamp(self.key, basis.fingerprint, meta, processes)
-            stages["meta"] = stage(self.folder, "meta", key, lambda: self.meta(basis, config, key), collective=True)
-            rule = Rule.from_pretrained(self.folder / stages["meta"]["rule"])
-            if recipe.save_rule and PartialState().is_main_process:
-                Path(recipe.save_rule).mkdir(parents=True, exist_ok=True)
-                for name in ("config.json", "model.safetensors", "README.md", "provenance.json"):
-                    shutil.copy(self.folder / stages["meta"]["rule"] / name, recipe.save_rule)
-        else:
-            rule = Rule.from_pretrained(recipe.rule)
+        return self.load_basis()
+
+    def make_rule(self, basis: Basis, stages: dict[str, Any]) -> Rule:
+        """Meta-trains, unless the user gave a rule; notes in `stages` what it cost."""
+        recipe = self.recipe
+        if recipe.rule is not None:
+            return Rule.from_pretrained(recipe.rule)
+        config = self.rule_config()
+        if recipe.output_scale is not None:
+            config = dataclasses.replace(config, output_scale=recipe.output_scale)
+        names = ("meta_epochs", "inner_steps", "unroll_length")
+        constants = {what: value for what, value in dataclasses.asdict(config).items() if what != "average"}
+        processes = PartialState().num_processes  # an episode each
+        key = stamp(self.key, basis.fingerprint, [*(getattr(recipe, name) for name in names), constants], processes)
+        stages["meta"] = stage(self.folder, "meta", key, lambda: self.meta(basis, config, key), collective=True)
+        if recipe.save_rule and PartialState().is_main_process:
+            Path(recipe.save_rule).mkdir(parents=True, exist_ok=True)
+            for name in ("config.json", "model.safetensors", "README.md", "provenance.json"):
+                shutil.copy(self.folder / stages["meta"]["rule"] / name, recipe.save_rule)
+        return Rule.from_pretrained(self.folder / stages["meta"]["rule"])
+
+    def main(self) -> dict[str, Any] | None:
+        stages: dict[str, Any] = {}
+        basis = self.make_basis(stages)
+        rule = self.make_rule(basis, stages)
         print("[train]", flush=True)
         runs = self.train(basis, rule)
         if not PartialState().is_main_process:

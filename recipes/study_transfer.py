@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from meta_tasks import arms_of, learned, subspace_task
+from meta_tasks import arms_of, subspace_task
 
 from hf_sl2o import LSTMRule, MetaTrainer, MetaTrainingArguments, Rule, RuleConfig, Task
-from hf_sl2o.comparison import Arm, compare_on, environment
+from hf_sl2o.comparison import compare_on, environment
 from hf_sl2o.files import save_json
 from hf_sl2o.registry import SHIPPED_RULES
 
@@ -109,12 +109,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for name, task in tasks.items():
         of_task = {**rules, "l2o-dm, this task": meta_trained(task, "l2o-dm", options)}
         arms = {
-            label: Arm(learned(rule, options.steps), (1.0,), key=f"rule-{rule.fingerprint}")
+            label: arms_of("default", rule, options.steps, task.basis.layout)["sl2o"]
             for label, rule in of_task.items()
         }
         tuned = arms_of("default", rules["default"], options.steps, task.basis.layout)
-        arms["default, averaged"] = dataclasses.replace(tuned.pop("sl2o_average"), key="sl2o_average")
-        arms |= {f"{arm}, tuned": dataclasses.replace(tuned[arm], key=arm) for arm in tuned if arm != "sl2o"}
+        arms["default, not averaged"] = tuned["sl2o_last"]
+        arms |= {f"{arm}, tuned": dataclasses.replace(tuned[arm], key=arm) for arm in tuned if "sl2o" not in arm}
         runs = compare_on(task, arms, options.steps, seeds=options.seeds, cache=options.cache)
         matrix[name] = {
             arm: {

@@ -11,6 +11,7 @@ from hf_sl2o import (
     LearnedOptimizer,
     LSTMRule,
     RandomBasis,
+    RuleConfig,
     SL2OTrainer,
     SL2OTrainingArguments,
     SubspaceOptimizer,
@@ -48,7 +49,7 @@ def run(model, optimizer, steps, start=0):
     return course
 
 
-@pytest.mark.parametrize("eta", [0.0, 4.0])
+@pytest.mark.parametrize("eta", [0.5, 4.0])
 def test_the_average_is_that_of_the_definition_and_the_run_is_not_changed(eta):
     model, basis = small()
     optimizer = optimizer_of(model, basis, average=eta)
@@ -56,11 +57,8 @@ def test_the_average_is_that_of_the_definition_and_the_run_is_not_changed(eta):
     expected = torch.zeros(4)
     for t, c in enumerate(course, 1):
         expected = expected + (eta + 1) / (t + eta) * (c - expected)
-    if eta == 0:
-        torch.testing.assert_close(expected, torch.stack(course).mean(0))
-    else:  # step i weighs about as i^eta: the last third has most of the weight
-        weights = torch.arange(1, 13) ** eta
-        assert (expected - (weights @ torch.stack(course)) / weights.sum()).norm() < 0.2 * expected.norm()
+    weights = torch.arange(1, 13) ** eta  # step i weighs about as i^eta
+    assert (expected - (weights @ torch.stack(course)) / weights.sum()).norm() < 0.2 * expected.norm()
     before = [p.detach().clone() for p in model.parameters()]
     optimizer.use_average()
     torch.testing.assert_close(optimizer.coefficients, expected)
@@ -117,9 +115,11 @@ def test_what_cannot_be_averaged():
         optimizer_of(model, basis, average=-1)
     with pytest.raises(ValueError, match="sl2o_average is -2"):
         SL2OTrainingArguments("out", sl2o_average=-2, use_cpu=True)
-    with pytest.raises(ValueError, match="only coefficients of a basis are averaged"):
-        build_optimizer(model.named_parameters(), average=4.0)
+    with pytest.raises(ValueError, match="average is -1"):
+        RuleConfig(average=-1)
     rule = LSTMRule()
+    with pytest.raises(ValueError, match="which autograd cannot follow"):
+        LearnedOptimizer(model.parameters(), rule, average=4.0, differentiable=True)
     with pytest.raises(ValueError, match="average counts steps on the host"):
         inner = lambda c: LearnedOptimizer(c, rule, capturable=True)  # noqa: E731
         SubspaceOptimizer(model.named_parameters(), basis, inner, average=4.0)
@@ -133,6 +133,114 @@ def test_what_cannot_be_averaged():
     assert average_weight(torch.tensor(1.0), 7.0) == 1.0
 
 
+# Of plain tensors, without a basis
+
+
+def learned(model, **options):
+    torch.manual_seed(3)
+    return LearnedOptimizer(model.parameters(), LSTMRule(), lr=0.01, **options)
+
+
+def tensors(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def run_learned(model, optimizer, steps, start=0):
+    course = []
+    for step in range(start, start + steps):
+        optimizer.zero_grad()
+        model(batch(step).to(model.weight.dtype)).square().mean().backward()
+        optimizer.step()
+        course.append(tensors(model))
+    return course
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("foreach", [None, False])
+def test_tensors_are_averaged_as_defined_and_come_back_to_the_bit(dtype, foreach):
+    model, _ = small(dtype)
+    optimizer = learned(model, average=4.0, foreach=foreach)
+    course = run_learned(model, optimizer, 7)
+    expected = [torch.zeros_like(p, dtype=torch.float32) for p in course[0]]
+    for t, weights in enumerate(course, 1):
+        expected = [e + 5 / (t + 4) * (p.float() - e) for e, p in zip(expected, weights, strict=True)]
+    for _ in range(2):  # doing it again changes nothing
+        optimizer.use_average()
+        for p, e in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(p.float(), e, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=1e-6)
+    assert any(not torch.equal(p, last) for p, last in zip(model.parameters(), course[-1], strict=True))
+    with pytest.raises(RuntimeError, match=r"call use_last\(\) before the forward pass"):
+        run_learned(model, optimizer, 1, 7)
+    for _ in range(2):
+        optimizer.use_last()
+        assert all(torch.equal(p, last) for p, last in zip(model.parameters(), course[-1], strict=True))
+    plain, _ = small(dtype)
+    for ours, theirs in zip(course, run_learned(plain, learned(plain, foreach=foreach), 7), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_skipped_step_does_not_count_in_the_average():
+    model, same = small()[0], small()[0]
+    ours, theirs = learned(model, average=4.0), learned(same, average=4.0)
+    for start in (0, 3):  # before the first step too
+        for p in model.parameters():
+            p.grad = torch.full_like(p, float("nan"))
+        ours.step()
+        run_learned(model, ours, 3, start)
+        run_learned(same, theirs, 3, start)
+    for optimizer in (ours, theirs):
+        optimizer.use_average()
+    for a, b in zip(model.parameters(), same.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("at_average", [False, True])
+def test_a_saved_run_of_plain_tensors_goes_on_where_it_was(at_average, tmp_path):
+    model, other = small()[0], small()[0]
+    optimizer = learned(model, average=4.0)
+    run_learned(model, optimizer, 5)
+    if at_average:
+        optimizer.use_average()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    other.load_state_dict(model.state_dict())
+    resumed, state = learned(other, average=4.0), torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed.load_state_dict(state)
+    for part in (optimizer, resumed):
+        part.use_last()
+    for ours, theirs in zip(run_learned(model, optimizer, 4, 5), run_learned(other, resumed, 4, 5), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    for part in (optimizer, resumed):
+        part.use_average()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    if at_average:
+        with pytest.raises(ValueError, match="this optimizer keeps none; resume with the same average"):
+            learned(other).load_state_dict(state)
+
+
+def test_the_rule_says_whether_a_trainer_averages_and_its_user_decides(tmp_path):
+    model, basis = small()
+    averaged = LSTMRule(RuleConfig(average=9.0))
+    for given in ({"basis": basis}, {}):
+        assert build_optimizer(model.named_parameters(), rule=averaged, **given).average == 9.0
+        assert build_optimizer(model.named_parameters(), rule=averaged, average=0, **given).average == 0
+        assert build_optimizer(model.named_parameters(), rule=LSTMRule(), **given).average == 0
+        shipped = build_optimizer(model.named_parameters(), total_steps=10, **given)
+        assert shipped.average == (4.0 if given else 24.0)
+    assert build_optimizer(model.named_parameters(), "subspace_adamw", basis=basis).average == 0
+    averaged.save_pretrained(tmp_path / "rule")
+    again = LSTMRule.from_pretrained(tmp_path / "rule")
+    assert again.config.average == 9.0
+    plain = LSTMRule(RuleConfig())
+    plain.load_state_dict(averaged.state_dict())
+    assert plain.fingerprint == again.fingerprint  # the update is the same
+
+
+def at_average(optimizer):
+    if isinstance(optimizer, SubspaceOptimizer):
+        return optimizer._at_average
+    return any("last" in state for state in optimizer.state.values())
+
+
 class Watch(TrainerCallback):
     """Notes where the weights are when others look."""
 
@@ -142,7 +250,7 @@ class Watch(TrainerCallback):
     def note(self, what, step, model, optimizer):
         inner = getattr(optimizer, "optimizer", optimizer)
         self.seen.append(
-            (what, step, inner._at_average, sum(p.detach().double().sum().item() for p in model.parameters()))
+            (what, step, at_average(inner), sum(p.detach().double().sum().item() for p in model.parameters()))
         )
 
     def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -155,13 +263,17 @@ class Watch(TrainerCallback):
         self.note("save", state.global_step, model, optimizer)
 
 
-def train(folder, kind=SL2OTrainer, resume=None, max_steps=6, **options):
+def train(folder, kind=SL2OTrainer, resume=None, max_steps=6, with_basis=True, **options):
     model = tiny_gpt2(seed=0)
-    basis = random_dense(model.named_parameters())
+    basis = random_dense(model.named_parameters()) if with_basis else None
     settings = {"max_steps": max_steps, "report_to": "none", "use_cpu": True, "disable_tqdm": True, "eval_steps": 2}
     settings |= {"eval_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 4, "optim": "subspace_sgd"}
     settings |= {"learning_rate": 20.0, "lr_scheduler_type": "constant", "logging_steps": 1}
     watch, objects = Watch(), {"train_dataset": Tokens(), "eval_dataset": Tokens()}
+    if not with_basis:
+        settings |= {"optim": "sl2o", "learning_rate": 0.01}
+        torch.manual_seed(3)
+        objects["rule"] = LSTMRule(RuleConfig(average=4.0))
     if kind is SL2OTrainer:
         args = SL2OTrainingArguments(str(folder), **settings, **options)
         trainer = SL2OTrainer(model, args, basis=basis, callbacks=[watch], **objects)
@@ -172,6 +284,25 @@ def train(folder, kind=SL2OTrainer, resume=None, max_steps=6, **options):
         trainer = kind(model, args, callbacks=[watch], **objects)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, watch.seen
+
+
+def test_without_a_basis_too_a_trainer_evaluates_saves_and_ends_at_the_average_of_its_rule(tmp_path):
+    trainer, noted = train(tmp_path / "one", with_basis=False)
+    seen = list(noted)
+    assert {what for what, _, there, _ in seen if there} == {"evaluate", "save"}
+    assert {what for what, _, there, _ in seen if not there} == {"step"}
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(losses[-1], abs=1e-6)
+    plain, _ = train(tmp_path / "two", with_basis=False, sl2o_average=0)
+    others = [entry["eval_loss"] for entry in plain.state.log_history if "eval_loss" in entry]
+    assert max(abs(a - b) for a, b in zip(losses, others, strict=True)) > 1e-4
+    for ours, theirs in zip(trainer.model.parameters(), plain.model.parameters(), strict=True):
+        assert not torch.equal(ours, theirs)
+    train(tmp_path / "part", with_basis=False, max_steps=3)
+    resumed, again = train(tmp_path / "part", with_basis=False, resume=True)
+    assert again == seen[-len(again) :]
+    for ours, theirs in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", [SL2OTrainer, Trainer])

@@ -26,7 +26,7 @@ def test_step_never_waits_for_the_device_and_equals_the_cpu():
     for device in ("cpu", "cuda"):
         model = net().to(device)
         basis = random_dense(model.named_parameters(), dim=4)
-        optimizer = SubspaceOptimizer(model.named_parameters(), basis, rule())
+        optimizer = SubspaceOptimizer(model.named_parameters(), basis, rule(), average=4.0)
         for step in range(2):
             backward(model, step)
             optimizer.step()
@@ -43,8 +43,8 @@ def test_step_never_waits_for_the_device_and_equals_the_cpu():
 
 def test_capturable_step_in_a_cuda_graph():
     model, twin = net().cuda(), net().cuda()
-    optimizer = LearnedOptimizer(model.parameters(), rule(), capturable=True)
-    plain = LearnedOptimizer(twin.parameters(), rule(), capturable=True)
+    optimizer = LearnedOptimizer(model.parameters(), rule(), capturable=True, average=4.0)
+    plain = LearnedOptimizer(twin.parameters(), rule(), capturable=True, average=4.0)
     for m, o in ((model, optimizer), (twin, plain)):
         backward(m, 0)
         o.step()
@@ -53,6 +53,8 @@ def test_capturable_step_in_a_cuda_graph():
         optimizer.step()
     graph.replay()
     plain.step()
+    for one in (optimizer, plain):
+        one.use_average()
     torch.cuda.synchronize()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q)

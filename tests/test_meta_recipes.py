@@ -67,9 +67,9 @@ def test_a_rule_is_made_and_judged(rule, short, plans, tmp_path, capsys):
     words += ["--output_dir", str(tmp_path / "runs"), "--tasks_dir", str(tmp_path / "tasks"), "--rank", "2"]
     judged = evaluate_rules.main([*words, "--json", str(tmp_path / "judged.json")])
     (entry,) = judged["tasks"].values()
-    assert set(entry["levels"]) == set(entry["runs"]) - {"sl2o", "sl2o_average"}
+    assert set(entry["levels"]) == set(entry["runs"]) - {"sl2o", "sl2o_last"}
     ours = next(iter(judged["summary"].values()))["mean_ratios"]
-    assert list(ours) == (["sl2o", "sl2o_average"] if rule == "default" else ["sl2o"])
+    assert list(ours) == ["sl2o", "sl2o_last"]
     for run in entry["runs"].values():
         assert len(run["eval_per_seed"]) == 2 and run["eval"][-1][0] == 20
     assert entry["runs"]["sl2o"]["learning_rate"] == 1.0 and len(entry["runs"]["sl2o"]["grid"]) == 1

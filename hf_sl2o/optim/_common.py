@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.optim import Optimizer
@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 logger = logging.getLogger(__name__)
 
 _MAX_SKIPPED_IN_A_ROW = 3
+
+Step = TypeVar("Step", float, torch.Tensor)
 
 
 class NonFiniteGuard:
@@ -79,14 +81,14 @@ def check_same(what: str, ours: Any, state_dict: dict[str, Any], key: str) -> No
             )
 
 
-def average_weight(step: float | torch.Tensor, eta: float) -> float:
+def average_weight(step: Step, eta: float) -> Step:
     """Returns what step t, counted from 1, weighs in the running average: (eta + 1) / (t + eta).
 
     The average over t steps then weighs step i about as i^eta: 0 is the plain mean, larger values forget the beginning
     (polynomial-decay averaging, Shamir and Zhang, 2013). It needs no length of the run.
 
     Args:
-        step (`float` or 0-d `torch.Tensor` on the CPU): t.
+        step (`float` or 0-d `torch.Tensor`): t; the result is a number or a tensor likewise.
         eta (`float`): At least 0.
 
     Example:
@@ -97,4 +99,4 @@ def average_weight(step: float | torch.Tensor, eta: float) -> float:
     [1.0, 0.5, 0.25]
     ```
     """
-    return (eta + 1) / (float(step) + eta)
+    return (eta + 1) / (step + eta)

@@ -9,7 +9,8 @@ import torch
 from torch.optim import Optimizer
 
 from ..rule import Rule, RuleState
-from ._common import NonFiniteGuard, check_same, load_keeping_dtypes
+from ..rule_config import check_average
+from ._common import NonFiniteGuard, average_weight, check_same, load_keeping_dtypes
 
 
 class LearnedOptimizer(Optimizer):
@@ -34,6 +35,12 @@ class LearnedOptimizer(Optimizer):
             steps in a row then do not raise.
         differentiable (`bool`, *optional*, defaults to `False`): Autograd runs through `step`, for non-leaf tensors.
         total_steps (`int`, *optional*): Steps of the whole run, for a rule that sees the share that is done.
+        average (`float`, *optional*, defaults to 0.0): eta of a running average of the tensors, in which step t weighs
+            as t^eta; `use_average` puts it in their place for evaluation or saving, `use_last` ends that. 0: none.
+
+    Raises:
+        `TypeError`: `rule` is no rule.
+        `ValueError`: a negative `lr`, `weight_decay` or `average`; an average beside `differentiable=True`.
 
     Example:
 
@@ -61,6 +68,7 @@ class LearnedOptimizer(Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         total_steps: int | None = None,
+        average: float = 0.0,
     ) -> None:
         if not isinstance(rule, Rule):
             raise TypeError(f"rule is a {type(rule).__name__}, expected a Rule such as LSTMRule")
@@ -68,6 +76,11 @@ class LearnedOptimizer(Optimizer):
             raise ValueError(f"lr is {lr}, expected a number >= 0")
         if weight_decay < 0:
             raise ValueError(f"weight_decay is {weight_decay}, expected a number >= 0")
+        check_average(average)
+        if average and differentiable:
+            raise ValueError(
+                "an average is kept in place, which autograd cannot follow; leave differentiable or it out"
+            )
         defaults = {
             "lr": lr,
             "betas": (rule.config.beta1, rule.config.beta2) if betas is None else tuple(betas),
@@ -80,7 +93,7 @@ class LearnedOptimizer(Optimizer):
             "total_steps": total_steps,
             "rule_fingerprint": rule.fingerprint,
         }
-        self.rule = rule
+        self.rule, self.average = rule, average
         #: Sizes of the tensors that each parameter holds, where it is several in one (coefficients of an identity).
         self.tensor_sizes: list[int] | None = None
         self._reset()
@@ -93,7 +106,8 @@ class LearnedOptimizer(Optimizer):
         self._non_finite = NonFiniteGuard()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "rule": self.rule, "tensor_sizes": self.tensor_sizes}
+        own = {"rule": self.rule, "tensor_sizes": self.tensor_sizes, "average": self.average}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -110,6 +124,30 @@ class LearnedOptimizer(Optimizer):
         for p, state in self.state.items():
             state["step"] = state["step"].detach().clone().to(p.device)
         self._flat = {}
+        if not self.average and any("last" in state for state in self.state.values()):
+            raise ValueError(
+                "the saved weights are at their running average, and this optimizer keeps none; resume with the same "
+                "average=... (sl2o_average)"
+            )
+
+    # The running average
+
+    @torch.no_grad()
+    def use_average(self) -> None:
+        """Puts the running average in the place of each tensor; nothing to do if it is there, or none is kept."""
+        for p, state in self.state.items():
+            if "average" in state and "last" not in state:
+                state["last"] = p.detach().clone()
+                p.copy_(state["average"])
+
+    @torch.no_grad()
+    def use_last(self) -> None:
+        """Puts each tensor back to where training goes on."""
+        for p, state in self.state.items():
+            if "last" in state:
+                p.copy_(state.pop("last"))
+
+    # The step
 
     def _dtype(self, p: torch.Tensor) -> torch.dtype:
         weights = next(self.rule.parameters(), None)
@@ -117,10 +155,13 @@ class LearnedOptimizer(Optimizer):
 
     def _state_of(self, p: torch.Tensor) -> RuleState:
         """The state of one parameter, made when it is first met."""
-        if not self.state[p]:
+        state = self.state[p]
+        if not state:
             fresh = self.rule.init_state(p.numel(), device=p.device, dtype=self._dtype(p))
-            self.state[p].update(fresh._asdict())
-        return RuleState(**self.state[p])
+            state.update(fresh._asdict())
+        if self.average and "average" not in state:
+            state["average"] = p.detach().to(self._dtype(p), copy=True)
+        return RuleState(**{name: state[name] for name in RuleState._fields})
 
     def _flat_state(self, params: Sequence[torch.Tensor]) -> RuleState:
         """One state over the concatenation of `params`; each parameter's own state is a view of it."""
@@ -149,6 +190,11 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if any("last" in state for state in self.state.values()):
+            raise RuntimeError(
+                "the weights are at their running average, and so is this gradient; call use_last() before the "
+                "forward pass"
+            )
         with torch.set_grad_enabled(self.defaults["differentiable"]):
             for group in self.param_groups:
                 params = [p for p in group["params"] if p.grad is not None]
@@ -187,6 +233,10 @@ class LearnedOptimizer(Optimizer):
             if group["weight_decay"]:
                 p.mul_(1 - lr * group["weight_decay"] * finite)
             p.sub_((lr * delta).to(p.dtype))
+            if self.average:
+                kept = self.state[p]
+                weight = finite * average_weight(kept["step"], self.average)  # ()
+                kept["average"].lerp_(p.to(kept["average"].dtype), weight)
 
     def _differentiable_update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
         state = self._state_of(p)

@@ -14,6 +14,7 @@ import torch
 from torch.optim import Optimizer
 
 from ..rule import Rule
+from ..rule_config import check_average
 from ..subspace import Basis
 from ._common import NonFiniteGuard, average_weight, check_same, load_keeping_dtypes
 from .learned import LearnedOptimizer
@@ -41,8 +42,9 @@ class SubspaceOptimizer(Optimizer):
         basis ([`Basis`]): The subspace; moved to the parameters' device.
         inner ([`Rule`], or a callable `[c] -> torch.optim.Optimizer`): What moves c, an fp32 tensor of shape `(d,)`.
         max_grad_norm (`float`, *optional*, defaults to 0.0): Clip the *projected* gradient to this norm; 0: never.
-        average (`float`, *optional*): eta >= 0 of a running average of c, in which step t weighs as t^eta;
+        average (`float`, *optional*, defaults to 0.0): eta of a running average of c, in which step t weighs as t^eta;
             `use_average` moves the weights there for evaluation or saving, `use_last` back. It costs d numbers, not n.
+            0: none.
         outside (callable `[parameters] -> torch.optim.Optimizer`, *optional*): Trains the trainable parameters outside
             the basis (a new head) in a second param group. By default they are left alone, and named in a warning.
 
@@ -73,11 +75,10 @@ class SubspaceOptimizer(Optimizer):
         inner: Rule | Inner,
         *,
         max_grad_norm: float = 0.0,
-        average: float | None = None,
+        average: float = 0.0,
         outside: Inner | None = None,
     ) -> None:
-        if average is not None and not average >= 0:
-            raise ValueError(f"average is {average}, expected a number >= 0, or None for no average")
+        check_average(average)
         params = list(params)
         if params and isinstance(params[0], dict):
             raise ValueError(
@@ -103,13 +104,13 @@ class SubspaceOptimizer(Optimizer):
         self._pending: torch.Tensor | None = None  # (d,) the clipped projected gradient, made ahead of `step`
         self._delta = torch.zeros_like(c)  # (d,) the last movement of c
         self.average = average
-        self._mean = None if average is None else torch.zeros_like(c, requires_grad=False)  # (d,)
+        self._mean = torch.zeros_like(c, requires_grad=False) if average else None  # (d,)
         self._at_average = False  # where the weights are
         self._non_finite = NonFiniteGuard()
         self._building = True
         inner_group = {key: value for key, value in self._inner.param_groups[0].items() if key != "params"}
         inner_group.pop("param_names", None)
-        if average is not None and inner_group.get("capturable"):
+        if average and inner_group.get("capturable"):
             raise ValueError(
                 "average counts steps on the host, which a captured graph does not run; leave one of average and "
                 "capturable out"
@@ -382,8 +383,8 @@ class SubspaceOptimizer(Optimizer):
         self._publish()
         step = self.state[group["params"][0]]["step"]
         step += 1
-        if self._mean is not None and self.average is not None:
-            self._mean.lerp_(c.detach(), average_weight(step, self.average))
+        if self._mean is not None:
+            self._mean.lerp_(c.detach(), float(average_weight(step, self.average)))
         if not group.get("capturable"):
             self._non_finite.check()
         return loss
