@@ -22,6 +22,7 @@ from hf_sl2o.files import save_json
 from hf_sl2o.registry import SHIPPED_RULES
 
 ETAS = (0.0, 1.0, 4.0, 9.0, 24.0)  # 0: no average
+PARTS = ("whole run", "after a quarter", "end")  # the mean of all three counts: people look at all of them
 TASKS = {  # what the rules were meta-trained on, and beside it smaller batches, a noisy network, other ranks
     "default": (
         "teacher",
@@ -92,12 +93,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         for name in options.tasks or TASKS[what]:
             task = named_task(name, options.data, options.tasks_dir)
             runs = compare_on(task, arms, options.steps, seeds=options.seeds, cache=options.output_dir)
-            ratios = over_last(runs, 1)
-            tasks[name] = {"over_last": ratios, "final_over_last": over_last(runs, options.steps), "runs": runs}
+            parts = [over_last(runs, first) for first in (1, options.steps // 4, options.steps)]
+            ratios = {eta: geometric_mean([part[eta] for part in parts]) for eta in arms}
+            tasks[name] = {"over_last": ratios, "parts": dict(zip(PARTS, parts, strict=True)), "runs": runs}
             print(f"{what}, {name}: " + ", ".join(f"eta {eta}: {ratio:.4f}" for eta, ratio in ratios.items()))
+        by_part = {
+            part: {eta: geometric_mean([entry["parts"][part][eta] for entry in tasks.values()]) for eta in arms}
+            for part in PARTS
+        }
         means = {eta: geometric_mean([entry["over_last"][eta] for entry in tasks.values()]) for eta in arms}
         best = min(means, key=lambda eta: means[eta])
-        rules[what] = {"mean_over_last": means, "best": float(best), "tasks": tasks}
+        rules[what] = {"mean_over_last": means, "by_part": by_part, "best": float(best), "tasks": tasks}
         print(f"{what}: " + ", ".join(f"eta {eta}: {ratio:.4f}" for eta, ratio in means.items()) + f"; best {best}")
     result = {
         "recipe": {"steps": options.steps, "seeds": options.seeds},
