@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_vision.py --data FOLDER --output_dir OUT --processes 8
     python benchmarks/gpu_vision.py --data FOLDER --jobs resnet20 --set resnet20 trajectory_steps=39100
+    python benchmarks/gpu_vision.py --data FOLDER --jobs resnet20 --output_dir OUT --gather    # OUT came from a GPU
 
 FOLDER holds train.parquet and test.parquet of CIFAR-10. A small network leaves most of a GPU idle, so several runs
 share it; what one run takes alone is in none of these results. Each job ends in OUT/<job>/comparison.json, which is
@@ -130,6 +131,47 @@ def child(options: argparse.Namespace) -> None:
         recipe.one(arm, recipe.arms[arm], choice, int(seed), basis, rule)
 
 
+def gather(job: str, options: argparse.Namespace) -> None:
+    """Writes the table of runs that were all made elsewhere: nothing is trained, a missing run is an error.
+
+    Weights and bases are too large to be brought along and are not needed: what the runs kept is.
+    """
+    from hf_sl2o import Layout, LSTMRule, RandomBasis
+    from hf_sl2o.comparison import environment
+    from hf_sl2o.files import load_json, save_json
+
+    class Gathered(importlib.import_module(JOBS[job].recipe).Recipe):  # type: ignore[misc]
+        def train_base(self, *of: Any) -> None:
+            pass
+
+        def run(self, folder: Path, *of: Any, **objects: Any) -> Any:
+            if "eval" not in (known := load_json(folder / "run.json")):
+                raise ValueError(f"{folder} holds a run that was not finished; finish it where it began")
+            return known
+
+        def keep_best_trajectory(self, folder: Path, run: dict[str, Any]) -> None:
+            self.recorded[folder] = run["eval"][-1][1], run["seconds"]
+
+        def publish(self, name: str, best: tuple[str, float]) -> None:
+            pass
+
+    parsed, arms, args = parse(job, options)
+    parsed.arms = list(arms)
+    recipe = Gathered(parsed, args)
+    stages = {path.stem: load_json(path) for path in (recipe.folder / "stages").glob("*.json")}
+    if parsed.subspace.startswith("pca"):
+        stages["sample"] = {"seconds": recipe.sample()[1]}
+        layout = Layout.from_named_parameters(recipe.start.named_parameters())
+        basis = RandomBasis(layout, parsed.dim).to_dense()  # stands for the one that stayed there
+    else:
+        basis = recipe.load_basis()
+    runs = recipe.train(basis, LSTMRule(recipe.rule_config()))
+    comparison = recipe.compare(runs, stages)
+    made = load_json(recipe.folder / stages["meta"]["rule"] / "provenance.json")
+    comparison |= {"environment": made["environment"], "gathered": environment(ROOT)}
+    save_json(recipe.folder / "comparison.json", comparison)
+
+
 def run(job: str, recipe: Any, arms: tuple[str, ...], options: argparse.Namespace, slots: threading.Semaphore) -> None:
     plan, start = JOBS[job], time.perf_counter()
 
@@ -186,6 +228,7 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", nargs="+", action="append", default=[], metavar="JOB NAME=VALUE")
     parser.add_argument("--processes", type=int, default=8, help="at most so many at a time")
     parser.add_argument("--use_cpu", action="store_true")
+    parser.add_argument("--gather", action="store_true", help="only the tables, of runs that were made elsewhere")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
@@ -194,6 +237,10 @@ def main(argv: list[str] | None = None) -> None:
     options = options_of(argv)
     if options.child:
         child(options)
+        return
+    if options.gather:
+        for job in options.jobs:
+            gather(job, options)
         return
     parsed = {job: parse(job, options)[:2] for job in options.jobs}
     slots = threading.Semaphore(options.processes)

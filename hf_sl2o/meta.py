@@ -339,7 +339,7 @@ class MetaTrainer:
         if self.args.meta_lr_scheduler_type == "constant" and not self.args.curriculum:
             args.pop("meta_epochs")  # a longer run may go on from a shorter one
         tasks = [[task.name, task.basis.fingerprint] for task in self.tasks]
-        stamp = {"args": args, "rule": asdict(self.rule.config), "tasks": tasks, "estimator": repr(self.estimator)}
+        stamp = {"args": args, "rule": self.rule.config.of_update(), "tasks": tasks, "estimator": repr(self.estimator)}
         return Checkpoints(self.folder, json.loads(json.dumps(stamp)))
 
     def _save(self) -> None:

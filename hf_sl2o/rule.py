@@ -103,8 +103,7 @@ class Rule(nn.Module, HubFiles):
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits of what makes the update, configuration and weights; optimizer states carry it."""
-        config = {k: v for k, v in dataclasses.asdict(self.config).items() if ADDED_LATER.get(k, ...) != v}
-        config.pop("average", None)
+        config = {k: v for k, v in self.config.of_update().items() if ADDED_LATER.get(k, ...) != v}
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode() + tensor.detach().double().cpu().numpy().tobytes())

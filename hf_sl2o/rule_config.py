@@ -134,6 +134,10 @@ class RuleConfig:
             config = dataclasses.replace(config, bias_correction_offset=1, reset_cell_every=391)
         return config
 
+    def of_update(self) -> dict[str, Any]:
+        """Every choice that the update depends on: all but `average`."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "average"}
+
     @property
     def input_size(self) -> int:
         """Numbers per coordinate that reach the network."""

@@ -422,9 +422,10 @@ class Pipeline:
         if recipe.output_scale is not None:
             config = dataclasses.replace(config, output_scale=recipe.output_scale)
         names = ("meta_epochs", "inner_steps", "unroll_length")
-        constants = {what: value for what, value in dataclasses.asdict(config).items() if what != "average"}
         processes = PartialState().num_processes  # an episode each
-        key = stamp(self.key, basis.fingerprint, [*(getattr(recipe, name) for name in names), constants], processes)
+        key = stamp(
+            self.key, basis.fingerprint, [*(getattr(recipe, name) for name in names), config.of_update()], processes
+        )
         stages["meta"] = stage(self.folder, "meta", key, lambda: self.meta(basis, config, key), collective=True)
         if recipe.save_rule and PartialState().is_main_process:
             Path(recipe.save_rule).mkdir(parents=True, exist_ok=True)
