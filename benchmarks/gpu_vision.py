@@ -155,6 +155,8 @@ def gather(job: str, options: argparse.Namespace) -> None:
         def publish(self, name: str, best: tuple[str, float]) -> None:
             pass
 
+    tf32 = any("tf32=true" in group for group in options.set if group[0] == job)  # refused where there is no GPU
+    options.set = [[setting for setting in group if not setting.startswith("tf32=")] for group in options.set]
     parsed, arms, args = parse(job, options)
     parsed.arms = list(arms)
     recipe = Gathered(parsed, args)
@@ -169,6 +171,7 @@ def gather(job: str, options: argparse.Namespace) -> None:
     comparison = recipe.compare(runs, stages)
     made = load_json(recipe.folder / stages["meta"]["rule"] / "provenance.json")
     comparison |= {"environment": made["environment"], "gathered": environment(ROOT)}
+    comparison["training"]["tf32"] = tf32
     save_json(recipe.folder / "comparison.json", comparison)
 
 
