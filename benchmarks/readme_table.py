@@ -19,6 +19,8 @@ BLOCKS = {
     "resnet8": ROOT / "recipes" / "results" / "resnet8_cifar.json",
     "resnet20": ROOT / "recipes" / "results" / "resnet20_cifar.json",
     "vit-lora": ROOT / "recipes" / "results" / "vit_small_lora_cifar.json",
+    "deit-tiny": ROOT / "recipes" / "results" / "deit_tiny_lora_cifar.json",
+    "gpu": ROOT / "benchmarks" / "results" / "gpu.json",
 }
 
 
@@ -29,6 +31,30 @@ def step_cost(result: dict) -> str:  # type: ignore[type-arg]
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
         lines.append(f"| {row['name']} | {row['value']:.3g} {row['unit']} | {low:.3g} to {high:.3g} | {ratio} |")
     return "\n".join(lines)
+
+
+def gpu(result: dict) -> str:  # type: ignore[type-arg]
+    """The step's cost, and the main job's arms with their losses on the way."""
+    runs, cost = result["main_job"]["runs"], result["main_job"]["amortised"]
+    points = (10, 20, 50, 100)
+    lines = ["| arm | learning rate | " + " | ".join(f"loss after {step}" for step in points) + " | peak (GB) |"]
+    lines.append("|---" * (3 + len(points)) + "|")
+    for arm, run in runs.items():
+        losses = [next(loss for at, loss in run["eval"] if at == step) for step in points]
+        peak = run["peak_bytes"] / 1e9
+        lines.append(
+            f"| {arm} | {run['learning_rate']:g} | {' | '.join(f'{loss:.3f}' for loss in losses)} | {peak:.1f} |"
+        )
+    last = runs["adamw"]["eval"][-1]
+    return (
+        step_cost(result)
+        + "\n\n"
+        + "\n".join(lines)
+        + f"\n\nn = {result['main_job']['n']:,}, d = {result['main_job']['recipe']['dim']}, one seed. adamw, of all "
+        + f"weights, ends at {last[1]:.3f} after {last[0]} steps ({runs['adamw']['seconds']:.0f} s), which are the "
+        + f"trajectory; PCA took {cost['seconds']['extract']:.0f} s. Made at commit "
+        + f"{result['environment']['commit'][:7]} on an {result['environment']['device']}."
+    )
 
 
 def e2e(result: dict) -> str:  # type: ignore[type-arg]
@@ -146,6 +172,8 @@ MAKE = {
     "resnet8": vision,
     "resnet20": vision,
     "vit-lora": vision,
+    "deit-tiny": vision,
+    "gpu": gpu,
     "e2e": e2e,
     "step-cost": step_cost,
     "rule-default": rule,

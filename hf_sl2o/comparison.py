@@ -207,7 +207,7 @@ def compare_on(
 
 
 def table(comparison: Mapping[str, Any]) -> str:
-    """Returns the comparison as a Markdown table, fastest to the first target first; accuracies where there are."""
+    """Returns the comparison as a Markdown table, fastest to the first target (or lowest loss) first."""
     names, accuracies = list(comparison["steps_to"]), list(comparison.get("steps_to_accuracy", ()))
     tested = all("test_accuracy_per_seed" in run for run in comparison["runs"].values())
     heads = ["arm", "learning rate", "validation loss", *["test accuracy"] * tested]
@@ -215,7 +215,7 @@ def table(comparison: Mapping[str, Any]) -> str:
     rows = [[*heads, "seconds", "state (kB)"]]
 
     def order(item: tuple[str, Any]) -> tuple[float, float]:
-        steps = comparison["steps_to"][names[0]]["steps"].get(item[0])
+        steps = comparison["steps_to"][names[0]]["steps"].get(item[0]) if names else None
         return (float("inf") if steps is None else steps, item[1]["final_eval_loss"])
 
     for arm, run in sorted(comparison["runs"].items(), key=order):

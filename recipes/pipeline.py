@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import shutil
 import sys
 import time
@@ -56,6 +55,7 @@ from hf_sl2o import (
     TrajectoryCallback,
     fit_basis,
 )
+from hf_sl2o.callbacks import unwrap_optimizer
 from hf_sl2o.comparison import environment, peak_bytes, plot, reset_peak, table
 from hf_sl2o.files import load_json, save_json
 from hf_sl2o.trainer import last_complete_checkpoint, steps_done
@@ -188,6 +188,7 @@ class Pipeline:
             "eval": sorted(map(list, evals.items())),
             "accuracy": sorted(map(list, accuracies.items())),
             "seconds": seconds,
+            "average": getattr(unwrap_optimizer(trainer.optimizer), "average", 0.0),  # what it was evaluated at
             "peak_bytes": peak_bytes(),
             "state_bytes": sum(sizes.values()),
             **self.judge(trainer),
@@ -362,7 +363,7 @@ class Pipeline:
             runs[name] = {
                 "optim": arm.optim,
                 "seeds": [self.args.seed + seed for seed in range(recipe.seeds)],
-                "average": 0.0 if arm.basis == "none" else self.average_of(self.rule_of(name, arm, rule)),
+                "average": seeds[0].get("average", 0.0),
                 **summary(tuned, means, seeds),
             }
             units, lr = best = next(iter(means))
@@ -442,7 +443,7 @@ class Pipeline:
         if not PartialState().is_main_process:
             return None
         comparison = self.compare(runs, stages)
-        print(table(comparison) if comparison["steps_to"] else json.dumps({k: v["eval"] for k, v in runs.items()}))
+        print(table(comparison))
         cost, n = comparison["amortised"], comparison["n"]
         print(
             f"\n{n:,} parameters, d = {basis.dim}. Paid once, in training steps: trajectory {cost['trajectory']}, "
