@@ -145,8 +145,9 @@ def gather(job: str, options: argparse.Namespace) -> None:
             pass
 
         def run(self, folder: Path, *of: Any, **objects: Any) -> Any:
-            if "eval" not in (known := load_json(folder / "run.json")):
-                raise ValueError(f"{folder} holds a run that was not finished; finish it where it began")
+            known = load_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+            if "eval" not in known:
+                raise ValueError(f"{folder} holds no finished run; finish it where it began and bring it here")
             return known
 
         def keep_best_trajectory(self, folder: Path, run: dict[str, Any]) -> None:

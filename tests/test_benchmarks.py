@@ -10,6 +10,7 @@ import torch
 
 import benchmarks.gpu_vision as gpu_vision
 import recipes.resnet_cifar as resnet_cifar
+from hf_sl2o.files import load_json, save_json
 from recipes.e2e_embedded import write_csv
 
 ROOT = Path(__file__).parent.parent
@@ -72,3 +73,36 @@ def test_the_jobs_of_a_gpu_are_command_lines_of_the_recipes(job):
 def test_without_a_gpu_it_says_so():
     out = benchmark("benchmarks/gpu.py", "--data", "x")
     assert out.returncode == 1 and "there is no GPU here" in out.stderr
+
+
+def test_runs_that_were_made_elsewhere_are_gathered(tmp_path):
+    def fabricate(arm, run, accuracies):
+        points = [[step, 1 - value] for step, value in accuracies]
+        result = {"eval": points, "train_loss": points, "accuracy": accuracies, "seconds": 1.0, "state_bytes": 8}
+        save_json(
+            tmp_path / "deit-tiny" / arm / "runs" / run / "run.json",
+            {**result, "peak_bytes": None, "average": 9.0 * (arm == "sl2o_default-lora"), "test_accuracy": 0.5},
+        )
+
+    words = ["--data", "embedded", "--output_dir", str(tmp_path), "--jobs", "deit-tiny", "--use_cpu", "--gather"]
+    words += ["--set", "deit-tiny", "model=small", "seeds=1", "trajectory_learning_rates=0.001", "tf32=true"]
+    words += ["train_rows=200", "validation_rows=100"]
+    meta = {"rule": "rule/x", "steps": 30, "seconds": 1.0, "validation": []}
+    save_json(tmp_path / "deit-tiny" / "stages" / "meta.json", meta)
+    there = {"device": "another", "commit": "abc"}
+    save_json(tmp_path / "deit-tiny" / "rule" / "x" / "provenance.json", {"environment": there})
+    fabricate("adamw", "full-0.001-seed-0", [[0, 0.1], [10, 0.4], [20, 0.6]])
+    fabricate("sl2o", "orthonormal-1-seed-0", [[0, 0.1], [10, 0.2], [20, 0.3]])
+    with pytest.raises(ValueError, match="orthonormal-1-seed-0 holds no finished run"):
+        gpu_vision.main(words)
+    fabricate("sl2o_default-lora", "orthonormal-1-seed-0", [[0, 0.1], [10, 0.6], [20, 0.7]])
+    gpu_vision.main(words)
+    table = load_json(tmp_path / "deit-tiny" / "comparison.json")
+    assert table["environment"] == there and "versions" in table["gathered"]
+    assert table["steps_to_accuracy"]["adamw_best"]["steps"] == {"adamw": 20, "sl2o": None, "sl2o_default-lora": 10}
+    assert {arm: run["average"] for arm, run in table["runs"].items()} == {
+        "adamw": 0.0,
+        "sl2o": 0.0,
+        "sl2o_default-lora": 9.0,
+    }
+    assert table["training"]["tf32"] is True and table["amortised"]["meta_training"] == 30

@@ -9,6 +9,7 @@ import meta_train
 import pretrain_base
 import problems
 import pytest
+import study_average
 import study_estimators
 import study_inputs
 import study_transfer
@@ -143,6 +144,20 @@ def test_studies(short, tmp_path):
     assert bias["second-order, T = 10"] < 1e-4 < bias["first-order, T = 5"]
     for name in "ute":
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
+
+
+def test_study_of_averages(short, tmp_path):
+    words = ["--steps", "20", "--seeds", "1", "--output_dir", str(tmp_path / "runs"), "--rules", "default"]
+    words += ["--tasks", "quadratic", "--tasks_dir", str(tmp_path / "tasks"), "--json", str(tmp_path / "a.json")]
+    found = study_average.main(words)["rules"]["default"]
+    assert list(found["mean_over_last"]) == ["0", "1", "4", "9", "24"] and found["mean_over_last"]["0"] == 1
+    assert found["mean_over_last"]["1"] != 1 and found["best"] in study_average.ETAS
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    runs = {"0": {"eval_per_seed": [[[0, 9.0], [10, 2.0], [20, 1.0]]]}}
+    runs["4"] = {"eval_per_seed": [[[0, 9.0], [10, 4.0], [20, 2.0]]]}
+    assert study_average.over_last(runs, 1) == {"0": pytest.approx(1), "4": pytest.approx(2)}
+    runs["4"]["eval_per_seed"][0][2][1] = 0.5
+    assert study_average.over_last(runs, 20)["4"] == pytest.approx(0.5)  # from that step on
 
 
 def test_transfer_is_summed_up_by_geometric_means_over_the_columns():
