@@ -1,4 +1,4 @@
-"""The arms of a recipe: their flags, optimizers and schedules, and how one stage or one run is kept."""
+"""The arms of a recipe: their flags, optimizers and schedules, and how a stage is kept."""
 
 from __future__ import annotations
 
@@ -13,13 +13,8 @@ from typing import Any, ClassVar
 import torch
 from accelerate import PartialState
 from torch import nn
-from tqdm.auto import tqdm
-from transformers import TrainerCallback
 
-from hf_sl2o import (
-    SL2OTrainer,
-    SL2OTrainingArguments,
-)
+from hf_sl2o import SL2OTrainingArguments
 from hf_sl2o.files import load_json, save_json
 
 
@@ -122,21 +117,6 @@ def leave_processes() -> None:
         time.sleep(0.5)
 
 
-class Bar(TrainerCallback):
-    """One progress bar a run, instead of a line a log."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        where = "/".join(Path(args.output_dir).parts[-3:])
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=where, leave=False, mininterval=2)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        self.bar.set_postfix({key: f"{logs[key]:.3f}" for key in ("loss", "eval_loss") if key in (logs or {})})
-        self.bar.update(state.global_step - self.bar.n)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-
-
 def portable(value: Any) -> Any:
     """Absolute paths, also in NAME=PATH, become their last part: results name no folder of the machine."""
     if isinstance(value, dict):
@@ -147,25 +127,3 @@ def portable(value: Any) -> Any:
         return value
     head, equals, path = value.rpartition("=")
     return f"{head}{equals}{Path(path).name}" if Path(path).is_absolute() else value
-
-
-class RecipeTrainer(SL2OTrainer):
-    """Makes its optimizer and schedule as an [`Arm`] says."""
-
-    arm = Arm("", ())
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        if self.arm.make is None:
-            return super().create_optimizer(*args, **kwargs)  # type: ignore[no-any-return]
-        if self.optimizer is None:
-            parameters = [p for p in self.model.parameters() if p.requires_grad]
-            self.optimizer = self.arm.make(parameters, self.args.learning_rate)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if not self.arm.decay_at:
-            return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
-            milestones = [round(share * num_training_steps) for share in self.arm.decay_at]
-            self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer or self.optimizer, milestones)
-        return self.lr_scheduler

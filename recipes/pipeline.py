@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,17 @@ import torch
 from accelerate import PartialState
 from arms import (
     Arm,
-    Bar,
     PipelineArguments,
-    RecipeTrainer,
     leave_processes,
     portable,
     stage,
     stamp,
     training_settings,
 )
+from kept_run import kept_run
 from levels import amortised, to_accuracies, to_losses
 from torch import nn
-from transformers import HfArgumentParser, PrinterCallback
+from transformers import HfArgumentParser
 from transformers.training_args import OptimizerNames
 from transformers.utils.logging import disable_progress_bar
 from tuning import best_of, choices, final_loss, over_seeds, search, summary
@@ -55,10 +53,8 @@ from hf_sl2o import (
     TrajectoryCallback,
     fit_basis,
 )
-from hf_sl2o.callbacks import unwrap_optimizer
-from hf_sl2o.comparison import environment, peak_bytes, plot, reset_peak, table
-from hf_sl2o.files import load_json, save_json
-from hf_sl2o.trainer import last_complete_checkpoint, steps_done
+from hf_sl2o.comparison import environment, plot, table
+from hf_sl2o.files import save_json
 
 
 class Pipeline:
@@ -147,56 +143,9 @@ class Pipeline:
         self, folder: Path, args: SL2OTrainingArguments, key: str, arm: Arm, callbacks: Any = (), **objects: Any
     ) -> Any:
         """Trains unless `folder` has the result of the same settings; goes on from its last checkpoint otherwise."""
-        path, state = folder / "run.json", PartialState()
-        known = load_json(path) if path.is_file() else {}
-        if known.get("key") == key and "eval" in known:
-            return known
-        if state.is_main_process:
-            if known.get("key") != key and folder.exists():
-                shutil.rmtree(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            save_json(path, {"key": key})
-        state.wait_for_everyone()
-        given = self.trainer_objects()
-        trainer = RecipeTrainer(
-            self.build_model(),
-            args,
-            callbacks=[*callbacks, *given.pop("callbacks", ()), Bar()],
-            **{**given, **objects},
-        )
-        trainer.arm = arm
-        trainer.remove_callback(PrinterCallback)
-        reset_peak()
-        start = time.perf_counter()
-        resume = last_complete_checkpoint(folder)
-        if resume is not None and steps_done(resume) >= args.max_steps:  # Trainer would add a step to a finished run
-            state.wait_for_everyone()
-            if state.is_main_process:
-                shutil.rmtree(resume)
-            state.wait_for_everyone()
-            resume = last_complete_checkpoint(folder)
-        trainer.train(resume_from_checkpoint=resume)
-        seconds = time.perf_counter() - start
-        history = trainer.state.log_history
-        evals = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-        accuracies = {entry["step"]: entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry}
-        tensors = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
-        sizes = {value.data_ptr(): value.nbytes for value in tensors if torch.is_tensor(value)}
-        result = {
-            "key": key,
-            "train_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
-            "eval": sorted(map(list, evals.items())),
-            "accuracy": sorted(map(list, accuracies.items())),
-            "seconds": seconds,
-            "average": getattr(unwrap_optimizer(trainer.optimizer), "average", 0.0),  # what it was evaluated at
-            "peak_bytes": peak_bytes(),
-            "state_bytes": sum(sizes.values()),
-            **self.judge(trainer),
-        }
-        if state.is_main_process:
-            save_json(path, result)
-        state.wait_for_everyone()
-        return result
+        given = {**self.trainer_objects(), **objects}
+        given["callbacks"] = [*callbacks, *given.get("callbacks", ())]
+        return kept_run(folder, args, key, arm, self.build_model, self.judge, **given)
 
     # Stages
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kept_run
 import pipeline
 import pytest
 import torch
@@ -110,8 +111,8 @@ def test_killed_anywhere_it_goes_on_to_the_same_result(finished, tmp_path, monke
             if steps["left"] == 0:
                 raise Killed
 
-    original = pipeline.Bar
-    monkeypatch.setattr(pipeline, "Bar", lambda: Killer())
+    original = kept_run.Bar
+    monkeypatch.setattr(kept_run, "Bar", lambda: Killer())
     meta_step = pipeline.MetaTrainer._meta_step
     meta_steps = {"left": 3}
 
@@ -130,7 +131,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_result(finished, tmp_path, monke
         except Killed:
             kills += 1
     assert kills == 4
-    monkeypatch.setattr(pipeline, "Bar", original)
+    monkeypatch.setattr(kept_run, "Bar", original)
     assert timeless(recipe(tmp_path, "--seeds", "2")) == timeless(result)
 
 

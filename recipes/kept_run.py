@@ -1,0 +1,137 @@
+"""One run of the Trainer, and what is kept of it: made once, gone on with after a kill, read from then on."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from arms import Arm
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, TrainerCallback
+
+from hf_sl2o import SL2OTrainer, SL2OTrainingArguments
+from hf_sl2o.callbacks import unwrap_optimizer
+from hf_sl2o.comparison import peak_bytes, reset_peak
+from hf_sl2o.files import load_json, save_json
+from hf_sl2o.trainer import last_complete_checkpoint, steps_done
+
+
+class Bar(TrainerCallback):
+    """One progress bar a run, instead of a line a log."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        where = "/".join(Path(args.output_dir).parts[-3:])
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=where, leave=False, mininterval=2)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.bar.set_postfix({key: f"{logs[key]:.3f}" for key in ("loss", "eval_loss") if key in (logs or {})})
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+
+
+class RecipeTrainer(SL2OTrainer):
+    """Makes its optimizer and schedule as an [`Arm`] says."""
+
+    arm = Arm("", ())
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        if self.arm.make is None:
+            return super().create_optimizer(*args, **kwargs)  # type: ignore[no-any-return]
+        if self.optimizer is None:
+            parameters = [p for p in self.model.parameters() if p.requires_grad]
+            self.optimizer = self.arm.make(parameters, self.args.learning_rate)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if not self.arm.decay_at:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is None:
+            milestones = [round(share * num_training_steps) for share in self.arm.decay_at]
+            self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer or self.optimizer, milestones)
+        return self.lr_scheduler
+
+
+def kept_run(
+    folder: Path,
+    args: SL2OTrainingArguments,
+    key: str,
+    arm: Arm,
+    build_model: Callable[[], nn.Module],
+    judge: Callable[[SL2OTrainer], dict[str, Any]],
+    callbacks: Any = (),
+    **objects: Any,
+) -> dict[str, Any]:
+    """Trains unless `folder` has the result of the same `key`; goes on from its last checkpoint otherwise.
+
+    Args:
+        folder (`Path`): Checkpoints, and run.json.
+        args ([`SL2OTrainingArguments`]): Of the run; `output_dir` is `folder`.
+        key (`str`): Of everything the result depends on; a folder of another key is emptied.
+        arm ([`Arm`]): Its optimizer and schedule.
+        build_model (`Callable`): The model at theta_0.
+        judge (`Callable`): What is measured once, at the end.
+        callbacks, **objects: For [`SL2OTrainer`].
+
+    Returns:
+        `train_loss`, `eval` and `accuracy` (lists of `[step, value]`), `seconds`, `average`, `peak_bytes`,
+        `state_bytes` of the optimizer, and what `judge` found.
+    """
+    path, state = folder / "run.json", PartialState()
+    known = load_json(path) if path.is_file() else {}
+    if known.get("key") == key and "eval" in known:
+        return known  # type: ignore[no-any-return]
+    if state.is_main_process:
+        if known.get("key") != key and folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_json(path, {"key": key})
+    state.wait_for_everyone()
+    trainer = RecipeTrainer(build_model(), args, callbacks=[*callbacks, Bar()], **objects)
+    trainer.arm = arm
+    trainer.remove_callback(PrinterCallback)
+    reset_peak()
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=unfinished_checkpoint(folder, args.max_steps))
+    seconds = time.perf_counter() - start
+    result = {"key": key, **kept(trainer), "seconds": seconds, **judge(trainer)}
+    if state.is_main_process:
+        save_json(path, result)
+    state.wait_for_everyone()
+    return result
+
+
+def unfinished_checkpoint(folder: Path, max_steps: int) -> str | None:
+    """The last complete checkpoint; one of the last step is removed: Trainer would add a step to a finished run."""
+    state, found = PartialState(), last_complete_checkpoint(folder)
+    if found is None or steps_done(found) < max_steps:
+        return found
+    state.wait_for_everyone()
+    if state.is_main_process:
+        shutil.rmtree(found)
+    state.wait_for_everyone()
+    return last_complete_checkpoint(folder)
+
+
+def kept(trainer: SL2OTrainer) -> dict[str, Any]:
+    """The curves of a run that has ended, and what its optimizer took."""
+    history = trainer.state.log_history
+    evals = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    accuracies = {entry["step"]: entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry}
+    tensors = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
+    sizes = {value.data_ptr(): value.nbytes for value in tensors if torch.is_tensor(value)}
+    return {
+        "train_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
+        "eval": sorted(map(list, evals.items())),
+        "accuracy": sorted(map(list, accuracies.items())),
+        "average": getattr(unwrap_optimizer(trainer.optimizer), "average", 0.0),  # what it was evaluated at
+        "peak_bytes": peak_bytes(),
+        "state_bytes": sum(sizes.values()),
+    }
