@@ -132,12 +132,12 @@ def unroll(
     seen = c.new_empty(steps, c.numel() if coordinates is None else coordinates.numel())  # (T, d), or (T, K)
     losses = c.new_empty(steps)
     sizes = run.basis.tensor_sizes
-    scales = c.new_empty(steps, len(sizes))  # (T, tensors), for a rule that sees them
+    of_tensors = c.new_empty(steps, len(sizes), 2)  # (T, tensors, 2), for a rule that sees them
     for step in range(steps):
         losses[step], g = run.gradient()
         seen[step] = g if coordinates is None else g[coordinates]
-        if (scale := rule.tensor_scale(g, whole, sizes)) is not None:
-            scales[step] = scale
+        if (known := rule.tensor_inputs(g, whole, sizes)) is not None:
+            of_tensors[step] = known
         moved = rule.update_(g, whole, sizes=sizes, total_steps=total_steps).mul_(-lrs[step])
         whole_c += moved
         run.move(moved)
@@ -146,11 +146,12 @@ def unroll(
         inverse_fraction = c.numel() / coordinates.numel()
         c, state = c[coordinates], state.at(coordinates)
     positions = torch.arange(len(whole_c), device=c.device) if coordinates is None else coordinates
-    tensor = tensor_index(positions, sizes) if rule.config.tensor_scale else None  # (d,), or (K,)
+    tensor = tensor_index(positions, sizes) if rule.config.sees_tensors else None  # (d,), or (K,)
     surrogate = c.new_zeros(())
     for step, (lr_of_step, g) in enumerate(zip(lrs, seen, strict=True)):
         surrogate = surrogate + torch.dot(g, c)  # g at c_t with c_t, not with c_{t+1}
-        delta, state = rule(g, state, total_steps=total_steps, scale=None if tensor is None else scales[step, tensor])
+        of_tensor = None if tensor is None else of_tensors[step, tensor]
+        delta, state = rule(g, state, total_steps=total_steps, of_tensor=of_tensor)
         c = c - lr_of_step * delta
         if imitation:
             adam = imitation_lr * _adam_direction(rule, state)
@@ -160,12 +161,12 @@ def unroll(
     return surrogate, c, state, losses
 
 
-def _scale(rule: Rule, run: InnerRun, g: torch.Tensor, state: RuleState) -> torch.Tensor | None:
-    """s of each coordinate's tensor, (d,), for a rule that sees it."""
-    scales = rule.tensor_scale(g, state, run.basis.tensor_sizes)
-    if scales is None:
+def _of_tensor(rule: Rule, run: InnerRun, g: torch.Tensor, state: RuleState) -> torch.Tensor | None:
+    """The numbers of each coordinate's tensor, (d, 2), for a rule that sees them."""
+    known = rule.tensor_inputs(g, state, run.basis.tensor_sizes)
+    if known is None:
         return None
-    return scales[tensor_index(torch.arange(len(g), device=g.device), run.basis.tensor_sizes)]
+    return known[tensor_index(torch.arange(len(g), device=g.device), run.basis.tensor_sizes)]
 
 
 def _adam_direction(rule: Rule, state: RuleState) -> torch.Tensor:
@@ -310,8 +311,8 @@ class SecondOrder(Estimator):
                 loss = functional_call(objective, weights, (run.next_batch(),))
             gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, materialize_grads=True)
             g = run.scaled(_Project.apply(run.basis, *gradients))
-            scale = _scale(rule, run, g, state)
-            delta, state = rule(g, state, total_steps=total_steps, scale=scale)
+            of_tensor = _of_tensor(rule, run, g, state)
+            delta, state = rule(g, state, total_steps=total_steps, of_tensor=of_tensor)
             c, total = c - lr * delta, total + loss
             losses.append(loss.detach())
         run.move((c - start).detach())
@@ -376,7 +377,7 @@ class PES(Estimator):
             for lr in lrs:
                 with torch.enable_grad():
                     loss, g = run.gradient()
-                options = {"total_steps": total_steps, "scale": _scale(rule, run, g, state)}
+                options = {"total_steps": total_steps, "of_tensor": _of_tensor(rule, run, g, state)}
                 delta, state = functional_call(rule, weights, (g, state), options)
                 c = c - lr * delta
                 run.move(-lr * delta)

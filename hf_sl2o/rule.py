@@ -8,7 +8,10 @@ caller moves theta (or a coefficient) by -lr * delta. One rule is shared by all 
     hidden, cell = LSTM([m~, g~], hidden, cell)        delta = output_scale * tanh(W hidden)
 
 m~ and g~ do not tell a coordinate with large gradients from one with small ones. A rule with `tensor_scale` also sees
-m^ / s and g / s, with s^2 the mean of v^ over the tensor (all d coefficients; one LoRA factor).
+m^ / s and g / s, with s^2 the mean of v^ over the tensor (all d coefficients; one LoRA factor). Nor do they tell
+whether its steps are too short or too long for a network: a rule with `agreement` also sees the cosine of g and the
+last step's m over the tensor: near 1 while gradients keep their direction, about 0 in noise, negative after a step too
+far.
 """
 
 from __future__ import annotations
@@ -118,7 +121,7 @@ class Rule(nn.Module, HubFiles):
         """Maps (N, k) inputs and the network's state to (N,) outputs and the next state."""
         raise NotImplementedError
 
-    def tensor_scale(
+    def tensor_inputs(
         self,
         g: torch.Tensor,
         state: RuleState,
@@ -126,16 +129,17 @@ class Rule(nn.Module, HubFiles):
         *,
         betas: tuple[float, float] | None = None,
     ) -> torch.Tensor | None:
-        """Returns s of each tensor in the flat `g`, before the step that uses it; no vector of N numbers is made.
+        """Returns what the rule sees of each tensor in the flat `g`, before the step; no vector of N numbers is made.
 
         Args:
             g, state, betas: As for [`~Rule.forward`].
             sizes (`Sequence[int]`, *optional*): Of the k tensors; by default `g` is one tensor.
 
         Returns:
-            `(k,)`: the square root of the mean of v^ over the tensor; None for a rule that does not see it.
+            `(k, 2)`: s, the square root of the mean of v^ over the tensor, and the cosine of g and m (0 at first);
+            None for a rule that sees neither.
         """
-        if not self.config.tensor_scale:
+        if not (self.config.tensor_scale or self.config.agreement):
             return None
         beta2 = self.config.beta2 if betas is None else betas[1]
         sizes = (g.numel(),) if sizes is None else tuple(sizes)
@@ -143,9 +147,15 @@ class Rule(nn.Module, HubFiles):
         step = state.step + 1 + self.config.bias_correction_offset
         if step.ndim:
             step = step[ends - 1]
-        squares = torch.stack(torch._foreach_norm(g.split(sizes))).square()  # (k,)
+        gradients, momenta = g.split(sizes), state.exp_avg.split(sizes)
+        norms = torch.stack(torch._foreach_norm(gradients))  # (k,)
         old = torch.stack(torch._foreach_norm(state.exp_avg_sq.split(sizes), 1))  # (k,) sums: v is not negative
-        return (torch.lerp(squares, old, beta2) / counts / (1 - beta2**step)).sqrt()
+        scale = (torch.lerp(norms.square(), old, beta2) / counts / (1 - beta2**step)).sqrt()
+        if not self.config.agreement:
+            return torch.stack([scale, torch.zeros_like(scale)], dim=-1)
+        dots = torch.stack([torch.dot(of_g, of_m) for of_g, of_m in zip(gradients, momenta, strict=True)])
+        lengths = norms * torch.stack(torch._foreach_norm(momenta))
+        return torch.stack([scale, dots / lengths.clamp_min(torch.finfo(g.dtype).tiny)], dim=-1)
 
     def forward(
         self,
@@ -155,7 +165,7 @@ class Rule(nn.Module, HubFiles):
         betas: tuple[float, float] | None = None,
         eps: float | None = None,
         total_steps: float | None = None,
-        scale: torch.Tensor | None = None,
+        of_tensor: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RuleState]:
         """Returns the update for one step.
 
@@ -164,8 +174,8 @@ class Rule(nn.Module, HubFiles):
             state ([`RuleState`]): From [`~Rule.init_state`] or the previous step.
             betas, eps (*optional*): Instead of the configuration's.
             total_steps (`float`, *optional*): Steps of the whole run, for a rule whose configuration has `progress`.
-            scale (`torch.Tensor` of shape `(N,)` or `(1,)`, *optional*): s of each coordinate's tensor, for a rule
-                whose configuration has `tensor_scale`; by default that of `g` as one tensor.
+            of_tensor (`torch.Tensor` of shape `(N, 2)` or `(1, 2)`, *optional*): The numbers of each coordinate's
+                tensor, from [`~Rule.tensor_inputs`]; by default those of `g` as one tensor.
 
         Returns:
             `delta` of shape `(N,)`, to be subtracted, and the next [`RuleState`].
@@ -182,8 +192,8 @@ class Rule(nn.Module, HubFiles):
                 f"this rule sees the share of the run that is done, and total_steps is {total_steps}: pass the number "
                 "of steps of the run (max_steps to the Trainer)"
             )
-        if config.tensor_scale and scale is None:
-            scale = self.tensor_scale(g, state, betas=betas)
+        if of_tensor is None:
+            of_tensor = self.tensor_inputs(g, state, betas=betas)
         momenta = state.momenta
         with torch.autocast(g.device.type, enabled=False):
             if config.inputs == "normalized":
@@ -201,8 +211,10 @@ class Rule(nn.Module, HubFiles):
                         new / (1 - beta**exponent) * inverse for new, beta in zip(further, config.momenta, strict=True)
                     ]
                     momenta = torch.stack(further, dim=-1)  # (N, k)
-                if scale is not None:
-                    columns += [m_hat / (scale + eps), g / (scale + eps)]
+                if config.tensor_scale:
+                    assert of_tensor is not None
+                    scale = of_tensor[:, 0] + eps  # (N,) or (1,)
+                    columns += [m_hat / scale, g / scale]
                 inputs = torch.stack(columns, dim=-1)  # (N, 2 + k), or (N, 4 + k)
             else:
                 m, v = state.exp_avg, state.exp_avg_sq
@@ -213,6 +225,9 @@ class Rule(nn.Module, HubFiles):
                 assert total_steps is not None
                 done = (state.step / total_steps).clamp_max(1.0).unsqueeze(-1).expand(len(inputs), 1)
                 inputs = torch.cat([inputs, 2 * done - 1], dim=-1)
+            if config.agreement:
+                assert of_tensor is not None
+                inputs = torch.cat([inputs, of_tensor[:, 1:].expand(len(inputs), 1)], dim=-1)
             cell = state.cell
             if config.reset_cell_every:
                 kept = (step - 1) % config.reset_cell_every != 0  # () or (N,)
@@ -246,15 +261,15 @@ class Rule(nn.Module, HubFiles):
             `g`, which holds delta of shape `(N,)`.
         """
         chunk = _CHUNK.get(g.device.type, 1 << 16)
-        scales = self.tensor_scale(g, state, sizes, betas=options.get("betas"))  # (k,)
+        tensors = self.tensor_inputs(g, state, sizes, betas=options.get("betas"))  # (k, 2)
         for start in range(0, g.numel(), chunk):
             part = slice(start, min(start + chunk, g.numel()))
             old = state.at(part)
-            scale = scales
-            if scales is not None and len(scales) > 1:
+            of_tensor = tensors
+            if tensors is not None and len(tensors) > 1:
                 assert sizes is not None
-                scale = scales[tensor_index(torch.arange(part.start, part.stop, device=g.device), sizes)]
-            delta, new = self(g[part], old, scale=scale, **options)
+                of_tensor = tensors[tensor_index(torch.arange(part.start, part.stop, device=g.device), sizes)]
+            delta, new = self(g[part], old, of_tensor=of_tensor, **options)
             for previous, following in zip(old[1:], new[1:], strict=True):
                 previous.copy_(following if finite is None else torch.where(finite, following, previous))
             g[part] = delta if finite is None else torch.where(finite, delta, 0)

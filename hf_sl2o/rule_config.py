@@ -10,7 +10,9 @@ from typing import Any
 import torch
 
 # Choices that the first saved rules did not have to make.
-ADDED_LATER: dict[str, Any] = {"momenta": (), "progress": False, "tensor_scale": False, "average": 0.0}
+ADDED_LATER: dict[str, Any] = {
+    "momenta": (), "progress": False, "tensor_scale": False, "agreement": False, "average": 0.0,
+}  # fmt: skip
 
 # Supplement, Table 2: expressions fitted to a rule that was meta-trained on ResNet-20.
 EXPRESSIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
@@ -77,6 +79,10 @@ class RuleConfig:
         default=False,
         metadata={"help": "m^ / s and g / s are inputs too, with s^2 the mean of v^ over the coordinate's tensor."},
     )
+    agreement: bool = dataclasses.field(
+        default=False,
+        metadata={"help": "The cosine of g and the last step's m over the coordinate's tensor is an input."},
+    )
     average: float = dataclasses.field(
         default=0.0,
         metadata={
@@ -93,8 +99,9 @@ class RuleConfig:
             raise ValueError(f"betas are {self.beta1} and {self.beta2}, expected values in [0, 1)")
         if any(not 0 <= beta < 1 for beta in self.momenta) or (self.momenta and self.inputs != "normalized"):
             raise ValueError(f'momenta are {self.momenta}, expected values in [0, 1), beside inputs "normalized"')
-        if self.tensor_scale and self.inputs != "normalized":
-            raise ValueError(f'tensor_scale adds to inputs "normalized", and inputs is {self.inputs!r}')
+        for name in ("tensor_scale", "agreement"):
+            if getattr(self, name) and self.inputs != "normalized":
+                raise ValueError(f'{name} adds to inputs "normalized", and inputs is {self.inputs!r}')
         if self.hidden_size < 1 or self.num_layers < 1 or self.embed_size < 0:
             raise ValueError(
                 f"hidden_size {self.hidden_size} and num_layers {self.num_layers} must be at least 1, "
@@ -142,4 +149,9 @@ class RuleConfig:
     def input_size(self) -> int:
         """Numbers per coordinate that reach the network."""
         gradients = (2 if self.inputs == "normalized" else 1) + len(self.momenta) + 2 * self.tensor_scale
-        return gradients * (1 if self.log_sign is None else 2) + int(self.progress)
+        return gradients * (1 if self.log_sign is None else 2) + self.progress + self.agreement
+
+    @property
+    def sees_tensors(self) -> bool:
+        """Whether the rule sees numbers of a coordinate's tensor."""
+        return self.tensor_scale or self.agreement

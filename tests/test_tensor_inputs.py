@@ -1,4 +1,4 @@
-"""The per-tensor scale as a rule's input: values, chunks, tensors together and apart, files, meta-gradients."""
+"""What a rule sees of a coordinate's tensor: values, chunks, tensors together and apart, files, meta-gradients."""
 
 import json
 
@@ -28,7 +28,12 @@ from hf_sl2o.tasks import InnerRun
 
 def small_rule(**changes):
     torch.manual_seed(1)
-    return LSTMRule(RuleConfig(**{"output_scale": 0.1, "hidden_size": 3, "tensor_scale": True, **changes}))
+    both = {"tensor_scale": True, "agreement": True}
+    return LSTMRule(RuleConfig(**{"output_scale": 0.1, "hidden_size": 3, **both, **changes}))
+
+
+def plain_rule():
+    return small_rule(tensor_scale=False, agreement=False)
 
 
 def build():
@@ -64,13 +69,34 @@ def test_values_against_numpy():
     state, m, v = rule.init_state(6, dtype=torch.float64), np.zeros(6), np.zeros(6)
     for t, g in enumerate(gradients, start=1):
         _, state = rule(torch.from_numpy(g), state)
+        cosine = g @ m / (np.linalg.norm(g) * np.linalg.norm(m)) if t > 1 else 0.0
         m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
         m_hat, v_hat = m / (1 - 0.9**t), v / (1 - 0.99**t)
         s = np.sqrt(v_hat.mean())
-        expected = np.stack([m_hat / np.sqrt(v_hat), g / np.sqrt(v_hat), m_hat / s, g / s], axis=1)
+        expected = np.stack([m_hat / np.sqrt(v_hat), g / np.sqrt(v_hat), m_hat / s, g / s, np.full(6, cosine)], axis=1)
         np.testing.assert_allclose(columns[-1], expected, rtol=1e-6)
         assert np.abs(g / np.sqrt(v_hat).mean() - g / s).max() > 0.1  # the break: the mean of the roots
-    assert rule.config.input_size == 4 and small_rule(log_sign=5.0).config.input_size == 8
+        after = g @ m / (np.linalg.norm(g) * np.linalg.norm(m))
+        assert t == 1 or abs(cosine - after) > 1e-3  # the break: the m that g is in already
+    assert rule.config.input_size == 5 and small_rule(log_sign=5.0).config.input_size == 9
+
+
+def test_agreement_tells_steps_too_short_from_steps_too_long():
+    """On a bowl gradients agree while steps are short and turn over when they are too long; noise is orthogonal."""
+    rule = plain_rule().double()
+    rule.config = small_rule().config
+
+    def last(step, noise=0.0):
+        generator = torch.Generator().manual_seed(0)
+        x, state, cosine = torch.ones(1000, dtype=torch.float64), rule.init_state(1000, dtype=torch.float64), None
+        for _ in range(4):
+            g = x if not noise else noise * torch.randn(1000, generator=generator, dtype=torch.float64)
+            cosine = float(rule.tensor_inputs(g, state)[0, 1])
+            state = state._replace(exp_avg=torch.lerp(g, state.exp_avg, 0.9), step=state.step + 1)
+            x = x - step * g
+        return cosine
+
+    assert last(0.1) > 0.99 and last(2.1) < -0.99 and abs(last(0.0, noise=1.0)) < 0.1
 
 
 @pytest.mark.parametrize("uniform", [True, False])
@@ -98,10 +124,11 @@ def test_chunks_and_tensors_apart_give_the_same(monkeypatch, uniform):
             assert not torch.allclose(other, apart, rtol=1e-2)
 
 
-def test_no_vector_of_n_numbers_beside_the_scale():
+def test_no_vector_of_n_numbers_is_made():
     rule, n = small_rule(), 1 << 16
     state, g = rule.init_state(n), torch.randn(n)
-    made, given = [], {g.untyped_storage().data_ptr(), state.exp_avg_sq.untyped_storage().data_ptr()}
+    given = {tensor.untyped_storage().data_ptr() for tensor in (g, state.exp_avg, state.exp_avg_sq)}
+    made = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -112,8 +139,8 @@ def test_no_vector_of_n_numbers_beside_the_scale():
             return out
 
     with Watch():
-        rule.tensor_scale(g, state, [n // 2, n // 4, n // 4])
-    assert made and max(made) <= 3
+        rule.tensor_inputs(g, state, [n // 2, n // 4, n // 4])
+    assert made and max(made) <= 2 * 3
 
 
 def test_foreach_equals_a_tensor_at_a_time_and_resumes(tmp_path):
@@ -130,7 +157,7 @@ def test_foreach_equals_a_tensor_at_a_time_and_resumes(tmp_path):
         results.append(train(model, LearnedOptimizer(model.parameters(), small_rule(), foreach=foreach), 0, 8))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
     model = build()
-    plain = train(model, LearnedOptimizer(model.parameters(), small_rule(tensor_scale=False)), 0, 8)
+    plain = train(model, LearnedOptimizer(model.parameters(), plain_rule()), 0, 8)
     assert (plain - results[0]).abs().max() > 1e-3
     model = build()
     first = LearnedOptimizer(model.parameters(), small_rule())
@@ -145,14 +172,15 @@ def test_files_and_older_files(tmp_path):
     rule = small_rule()
     rule.save_pretrained(tmp_path)
     assert Rule.from_pretrained(tmp_path).fingerprint == rule.fingerprint
-    plain = small_rule(tensor_scale=False)
+    plain = plain_rule()
     plain.save_pretrained(tmp_path / "plain")
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
-    del config["rule"]["tensor_scale"]
+    del config["rule"]["tensor_scale"], config["rule"]["agreement"]
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
     assert Rule.from_pretrained(tmp_path / "plain").fingerprint == plain.fingerprint != rule.fingerprint
-    with pytest.raises(ValueError, match='tensor_scale adds to inputs "normalized"'):
-        RuleConfig(inputs="gradient", tensor_scale=True)
+    for name in ("tensor_scale", "agreement"):
+        with pytest.raises(ValueError, match=f'{name} adds to inputs "normalized"'):
+            RuleConfig(inputs="gradient", **{name: True})
 
 
 def test_a_task_of_raw_tensors_runs_as_an_optimizer_over_them():
@@ -206,7 +234,7 @@ def test_second_order_equals_finite_differences_and_all_estimators_see_the_same_
     torch.testing.assert_close(window(FirstOrder()).losses, exact.losses, rtol=1e-9, atol=0)
     torch.testing.assert_close(window(PES(sigma=1e-9)).losses, exact.losses, rtol=1e-6, atol=0)
     weight, step = rule.cells[0].weight_ih, 1e-6
-    for index in ((0, 2), (4, 3)):  # columns of m^ / s and g / s
+    for index in ((0, 2), (4, 3), (3, 4)):  # columns of m^ / s, g / s and the agreement
         ends = []
         for sign in (1, -1):
             with torch.no_grad():
