@@ -112,8 +112,11 @@ def pretrained_base(name: str, data: str, folder: Path) -> tuple[Problem, Path]:
     return problem, where
 
 
-def lora_task(name: str, data: str, folder: Path, rank: int = 8) -> Task:
-    """LoRA factors of a pretrained base on the held-back part of its data; each scalar is a coordinate."""
+def lora_task(name: str, data: str, folder: Path, rank: int = 8, scaling: float = 2.0) -> Task:
+    """LoRA factors of a pretrained base on the held-back part of its data; each scalar is a coordinate.
+
+    `scaling` is alpha / rank: what the adapter's output is multiplied by.
+    """
     from peft import LoraConfig, get_peft_model
 
     problem, where = pretrained_base(name, data, folder)
@@ -126,23 +129,31 @@ def lora_task(name: str, data: str, folder: Path, rank: int = 8) -> Task:
         torch.manual_seed(1)
         config = LoraConfig(
             r=rank,
-            lora_alpha=2 * rank,
+            lora_alpha=scaling * rank,  # type: ignore[arg-type]  # PEFT divides it by the rank
             target_modules=problem.lora_targets,
             fan_in_fan_out="gpt2" in name,  # Conv1D keeps its weights transposed
         )
         return get_peft_model(model, config)  # type: ignore[arg-type, no-any-return]
 
     basis = IdentityBasis(Layout.from_named_parameters(build().named_parameters()))
+    adapter = f"{name}-lora{rank}" + ("" if scaling == 2 else f"x{scaling:g}")
     return Task(
-        f"{name}-lora{rank}", build, lambda seed: problem.batches("held-back", seed), problem.loss, basis,
+        adapter, build, lambda seed: problem.batches("held-back", seed), problem.loss, basis,
         problem.eval_batches("held-back"),
     )  # fmt: skip
 
 
 def named_task(name: str, data: str, folder: Path) -> Task:
-    """Returns the task of a name: "digits-mlp", "digits-mlp@8" (batches of 8), "digits-mlp-lora4" (LoRA, rank 4)."""
-    problem, lora, rank = name.partition("-lora")
-    return lora_task(problem, data, folder, int(rank)) if lora else subspace_task(name, data, folder)
+    """Returns the task of a name.
+
+    "digits-mlp"; "digits-mlp@8": batches of 8; "digits-mlp-lora4": LoRA, rank 4; "digits-mlp-lora4x16": LoRA, rank 4,
+    alpha 16 times that (else twice).
+    """
+    problem, lora, adapter = name.partition("-lora")
+    rank, _, scaling = adapter.partition("x")
+    return (
+        lora_task(problem, data, folder, int(rank), float(scaling or 2)) if lora else subspace_task(name, data, folder)
+    )
 
 
 # What drives a task

@@ -100,6 +100,7 @@ class MetaTrainArguments:
     momenta: list[float] = field(default_factory=list, metadata={"help": "Further momenta the rule sees."})
     progress: bool | None = field(default=None, metadata={"help": "Instead of the plan's: it sees what is done."})
     tensor_scale: bool | None = field(default=None, metadata={"help": "Instead of the plan's: it sees g / s too."})
+    agreement: bool | None = field(default=None, metadata={"help": "Instead of the plan's: do gradients agree?"})
     meta_loss: str | None = field(default=None, metadata={"help": "Instead of the plan's: sum, log."})
     seed: int = field(default=0, metadata={"help": "Of the fresh rule, batches and dropout."})
     max_seconds: float | None = field(default=None, metadata={"help": "Stop after so long; a new start goes on."})
@@ -130,7 +131,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         **settings,
     )
     changes: dict[str, Any] = {"momenta": tuple(options.momenta)}
-    for name in ("output_scale", "tensor_scale", "progress"):
+    for name in ("output_scale", "tensor_scale", "progress", "agreement"):
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
     torch.manual_seed(args.seed)

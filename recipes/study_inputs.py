@@ -11,6 +11,7 @@ it was not trained at. The tasks of evaluate_rules.py play no part. Killed and s
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import meta_train
 from arms import portable
 from meta_tasks import arms_of, named_task
 
-from hf_sl2o import Rule
+from hf_sl2o import MetaTrainingArguments, Rule
 from hf_sl2o.comparison import compare_on, environment
 from hf_sl2o.files import save_json
 
@@ -27,11 +28,21 @@ VARIANTS: dict[str, list[str]] = {
     "plan": [],
     "no scale of the tensor": ["--tensor_scale", "False"],
     "no progress": ["--progress", "False"],
+    "no agreement": ["--agreement", "False"],
     "neither": ["--tensor_scale", "False", "--progress", "False"],
     "plan, momenta 0.5 and 0.99": ["--momenta", "0.5", "0.99"],
     "plan, sum of losses": ["--meta_loss", "sum"],
-    "plan, no random scaling": ["--random_scaling", "0"],
+    "plan, no random scaling": ["--random_scaling", "0.0"],
 }
+
+
+def is_the_plan(plan: meta_train.Plan, words: list[str]) -> bool:
+    """Whether a variant asks for what the plan does anyway."""
+    of_plan = {field.name: field.default for field in dataclasses.fields(MetaTrainingArguments)}
+    of_plan |= {**dataclasses.asdict(plan.config), **plan.settings}
+    return bool(words) and all(
+        str(of_plan[flag[2:]]) == value for flag, value in zip(words[::2], words[1::2], strict=False)
+    )
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -93,7 +104,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     options, rest = parser.parse_known_args(argv)
     rows = []
     for variant in options.variants:
-        if variant == "plan, no random scaling" and not meta_train.PLANS[options.rule].settings.get("random_scaling"):
+        if is_the_plan(meta_train.PLANS[options.rule], VARIANTS[variant]):
             continue
         results, rules = [], []
         for seed in range(options.seeds):
