@@ -28,9 +28,9 @@ VARIANTS: dict[str, list[str]] = {
     "plan": [],
     "no scale of the tensor": ["--tensor_scale", "False"],
     "no progress": ["--progress", "False"],
-    "no agreement": ["--agreement", "False"],
     "neither": ["--tensor_scale", "False", "--progress", "False"],
     "plan, momenta 0.5 and 0.99": ["--momenta", "0.5", "0.99"],
+    "plan, agreement": ["--agreement", "True"],
     "plan, sum of losses": ["--meta_loss", "sum"],
     "plan, no random scaling": ["--random_scaling", "0.0"],
 }
