@@ -73,7 +73,8 @@ class Episode:
             return None
         start = time.perf_counter()
         steps = range(self.done, self.done + length)
-        lrs = [args.learning_rate * schedule_factor(args.lr_scheduler_type, step, self.steps) for step in steps]
+        lr = args.learning_rate * rule.config.step_factor(self.task.basis.tensor_shapes)
+        lrs = [lr * schedule_factor(args.lr_scheduler_type, step, self.steps) for step in steps]
         generator = torch.Generator().manual_seed((self.seed * 7919 + self.done + 1) & 0x7FFF_FFFF_FFFF)
         window = self.estimator.window(rule, self.runs, self.carry, lrs, total_steps=self.steps, generator=generator)
         self.carry = window.carry

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 
 # Choices that the first saved rules did not have to make.
 ADDED_LATER: dict[str, Any] = {
-    "momenta": (), "progress": False, "tensor_scale": False, "agreement": False, "average": 0.0,
+    "momenta": (), "progress": False, "tensor_scale": False, "agreement": False, "base_width": 0,
+    "average": 0.0,
 }  # fmt: skip
 
 # Supplement, Table 2: expressions fitted to a rule that was meta-trained on ResNet-20.
@@ -83,6 +85,13 @@ class RuleConfig:
         default=False,
         metadata={"help": "The cosine of g and the last step's m over the coordinate's tensor is an input."},
     )
+    base_width: int = dataclasses.field(
+        default=0,
+        metadata={
+            "help": "Over wider matrices (LoRA factors) steps are multiplied by base_width / width, as Adam's rate is "
+            "in muP (Yang et al., 2022); 0: never. See `step_factor`."
+        },
+    )
     average: float = dataclasses.field(
         default=0.0,
         metadata={
@@ -109,6 +118,8 @@ class RuleConfig:
             )
         if self.log_sign is not None and self.log_sign <= 0:
             raise ValueError(f"log_sign is {self.log_sign}, expected a positive number or None")
+        if self.base_width < 0:
+            raise ValueError(f"base_width is {self.base_width}, expected the width of a network, or 0")
         check_average(self.average)
         if self.expression is not None and self.expression not in EXPRESSIONS:
             raise ValueError(f"expression is {self.expression!r}, expected one of {sorted(EXPRESSIONS)}")
@@ -144,6 +155,23 @@ class RuleConfig:
     def of_update(self) -> dict[str, Any]:
         """Every choice that the update depends on: all but `average`."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "average"}
+
+    def step_factor(self, shapes: Iterable[Sequence[int]]) -> float:
+        """Returns what a step over tensors of these shapes is multiplied by: base_width / width, at most 1.
+
+        The width is the median of the matrices' longer sides: of LoRA factors mostly the network's own. Vectors, such
+        as the coefficients of a basis, have none.
+
+        Example:
+
+        ```python
+        >>> from hf_sl2o import RuleConfig
+        >>> RuleConfig(base_width=64).step_factor([(16, 256), (256, 16)])
+        0.25
+        ```
+        """
+        widths = [max(shape) for shape in shapes if len(shape) > 1]
+        return min(1.0, self.base_width / statistics.median(widths)) if self.base_width and widths else 1.0
 
     @property
     def input_size(self) -> int:

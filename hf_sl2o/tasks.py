@@ -258,7 +258,8 @@ def train_on(
         raise ValueError(f"task {task.name!r} has no eval_batches to evaluate on; give some, or evaluate_at=()")
     run = InnerRun(task, seed, device=device, autocast=autocast)
     c = torch.zeros(run.basis.dim, device=run.device, dtype=run.basis.compute_dtype)
-    parts = [nn.Parameter(part) for part in c.split(run.basis.tensor_sizes)]  # views: they move c
+    pieces = zip(c.split(run.basis.tensor_sizes), run.basis.tensor_shapes, strict=True)
+    parts = [nn.Parameter(piece.view(shape)) for piece, shape in pieces]  # views: they move c
     inner = optimizer(list(parts))
     base = [float(group["lr"]) for group in inner.param_groups]
     losses, evals, spent = [], [], 0.0
@@ -280,7 +281,7 @@ def train_on(
             group["lr"] = lr * schedule_factor(schedule, step, steps)
         loss, g = run.gradient()
         for part, gradient in zip(parts, g.split(run.basis.tensor_sizes), strict=True):
-            part.grad = gradient
+            part.grad = gradient.view_as(part)
         before = c.clone()
         inner.step()
         run.move(c - before)

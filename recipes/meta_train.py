@@ -67,7 +67,7 @@ PLANS = {
         },
     ),
     "default-lora": Plan(
-        RuleConfig(log_sign=10.0, output_scale=0.01, tensor_scale=True, average=9.0),
+        RuleConfig(log_sign=10.0, output_scale=0.01, tensor_scale=True, average=9.0, base_width=64),
         ("digits-mlp-lora4", "docs-gpt2-lora4"),
         {**OURS, "meta_epochs": 8},
         coordinates=2000,

@@ -15,6 +15,7 @@ from hf_sl2o import (
     Layout,
     LearnedOptimizer,
     LSTMRule,
+    MetaTrainingArguments,
     Rule,
     RuleConfig,
     SecondOrder,
@@ -23,17 +24,18 @@ from hf_sl2o import (
     train_on,
     unroll,
 )
+from hf_sl2o.episodes import Episode
 from hf_sl2o.tasks import InnerRun
 
 
 def small_rule(**changes):
     torch.manual_seed(1)
-    both = {"tensor_scale": True, "agreement": True}
+    both = {"tensor_scale": True, "agreement": True, "base_width": 2}
     return LSTMRule(RuleConfig(**{"output_scale": 0.1, "hidden_size": 3, **both, **changes}))
 
 
 def plain_rule():
-    return small_rule(tensor_scale=False, agreement=False)
+    return small_rule(tensor_scale=False, agreement=False, base_width=0)
 
 
 def build():
@@ -175,7 +177,8 @@ def test_files_and_older_files(tmp_path):
     plain = plain_rule()
     plain.save_pretrained(tmp_path / "plain")
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
-    del config["rule"]["tensor_scale"], config["rule"]["agreement"]
+    for name in ("tensor_scale", "agreement", "base_width"):
+        del config["rule"][name]
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
     assert Rule.from_pretrained(tmp_path / "plain").fingerprint == plain.fingerprint != rule.fingerprint
     for name in ("tensor_scale", "agreement"):
@@ -247,6 +250,55 @@ def test_second_order_equals_finite_differences_and_all_estimators_see_the_same_
         np.testing.assert_allclose(exact.gradients[0][index].item(), numeric, rtol=1e-4)
 
 
+def test_steps_over_wide_matrices():
+    config = RuleConfig(base_width=64)
+    factors = [(4, 256), (256, 4), (4, 256), (1024, 4), (256,)]  # one wider matrix, and a vector: no say
+    assert config.step_factor(factors) == 64 / 256
+    assert config.step_factor([(4, 32), (32, 4)]) == 1.0  # narrower: not longer steps
+    assert config.step_factor([(40,)]) == 1.0 and RuleConfig().step_factor(factors) == 1.0
+    with pytest.raises(ValueError, match="base_width is -1"):
+        RuleConfig(base_width=-1)
+
+    def moved(base_width, lr=1.0, **options):
+        a, b = (torch.zeros(shape, requires_grad=True) for shape in ((4, 256), (256, 4)))
+        optimizer = LearnedOptimizer([a], small_rule(base_width=base_width), lr=lr, **options)
+        if base_width:
+            assert optimizer.step_factor == base_width / 256
+        optimizer.add_param_group({"params": [b]})
+        for p in (a, b):
+            p.grad = torch.arange(1.0, 1025.0).view_as(p)
+        optimizer.step()
+        return torch.cat([a.detach().flatten(), b.detach().flatten()])
+
+    expected = moved(0, lr=0.25)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(moved(64), expected, rtol=1e-6, atol=0)
+    assert torch.equal(moved(64, foreach=False), moved(0, lr=0.25, foreach=False))
+    assert not torch.allclose(moved(32), expected, rtol=1e-2)  # the break
+
+
+def test_meta_training_takes_the_steps_that_the_optimizer_takes():
+    def of_episode(rule):
+        episode = Episode(0, task(), FirstOrder(), seed=0, steps=4, random_scaling=0.0, device=torch.device("cpu"),
+                          autocast=None)  # fmt: skip
+        episode.begin(rule)
+        episode.advance(rule, MetaTrainingArguments("unused", unroll_length=4, inner_steps=4, eval_every=1))
+        return torch.cat([p.detach().flatten() for p in episode.runs[0].parameters])
+
+    def of_optimizer(rule):
+        run = InnerRun(task(), 0)
+        optimizer = LearnedOptimizer(run.parameters, rule)
+        for _ in range(4):
+            _, g = run.gradient()
+            optimizer.step()
+        return torch.cat([p.detach().flatten() for p in run.parameters])
+
+    rule = small_rule()
+    torch.testing.assert_close(of_episode(rule), of_optimizer(rule), rtol=1e-4, atol=1e-6)
+    plain = small_rule(base_width=0)
+    assert (of_episode(plain) - of_optimizer(rule)).abs().max() > 1e-3  # the break
+
+
 def test_an_identity_basis_equals_the_rule_on_the_parameters():
     def train(make):
         model = build().float()
@@ -263,7 +315,7 @@ def test_an_identity_basis_equals_the_rule_on_the_parameters():
 
     def as_one_tensor(model):
         optimizer = in_basis(model)
-        optimizer.inner.tensor_sizes = None
+        optimizer.inner.tensor_shapes = None
         return optimizer
 
     expected = train(lambda model: LearnedOptimizer(model.parameters(), small_rule()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,9 +17,10 @@ from ._common import NonFiniteGuard, average_weight, check_same, load_keeping_dt
 class LearnedOptimizer(Optimizer):
     """A learned rule as a `torch.optim.Optimizer` over any tensors, such as LoRA factors or a small network.
 
-    theta = theta - lr * rule(g): every scalar is a coordinate of the rule. State is fp32; use fp32 weights, or
-    increments below a bf16 unit vanish (a basis has no such limit, see [`SubspaceOptimizer`]). A step whose gradient
-    holds NaN or Inf changes nothing and is counted; three in a row raise `FloatingPointError`.
+    theta = theta - lr * step_factor * rule(g): every scalar is a coordinate of the rule. `step_factor` is 1, or what
+    the rule asks for over wide matrices. State is fp32; use fp32 weights, or increments below a bf16 unit vanish (a
+    basis has no such limit, see [`SubspaceOptimizer`]). A step whose gradient holds NaN or Inf changes nothing and is
+    counted; three in a row raise `FloatingPointError`.
 
     Args:
         params: Tensors, (name, tensor) pairs, or param group dicts.
@@ -94,8 +96,8 @@ class LearnedOptimizer(Optimizer):
             "rule_fingerprint": rule.fingerprint,
         }
         self.rule, self.average = rule, average
-        #: Sizes of the tensors that each parameter holds, where it is several in one (coefficients of an identity).
-        self.tensor_sizes: list[int] | None = None
+        #: Shapes of the tensors that a parameter holds, where it is several in one (coefficients of an identity).
+        self.tensor_shapes: list[tuple[int, ...]] | None = None
         self._reset()
         super().__init__(params, defaults)
         device = self.param_groups[0]["params"][0].device
@@ -103,10 +105,11 @@ class LearnedOptimizer(Optimizer):
 
     def _reset(self) -> None:
         self._flat: dict[tuple[int, ...], RuleState] = {}
+        self._step_factor: float | None = None
         self._non_finite = NonFiniteGuard()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"rule": self.rule, "tensor_sizes": self.tensor_sizes, "average": self.average}
+        own = {"rule": self.rule, "tensor_shapes": self.tensor_shapes, "average": self.average}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -117,6 +120,19 @@ class LearnedOptimizer(Optimizer):
     def skipped_steps(self) -> int:
         """Steps skipped because the gradient held NaN or Inf (reads the counter from the device)."""
         return self._non_finite.total
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._step_factor = None
+
+    @property
+    def step_factor(self) -> float:
+        """What the rule's steps are multiplied by for tensors of this width; see [`RuleConfig.step_factor`]."""
+        if self._step_factor is None:
+            params = [p for group in self.param_groups for p in group["params"]]
+            shapes = [shape for p in params for shape in self.tensor_shapes or [p.shape]]
+            self._step_factor = self.rule.config.step_factor(shapes)
+        return self._step_factor
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_same("rule", self.rule.fingerprint, state_dict, "rule_fingerprint")
@@ -223,16 +239,15 @@ class LearnedOptimizer(Optimizer):
         finite = torch.isfinite(g).all()  # ()
         self._non_finite.record(finite)
         options = {name: group[name] for name in ("betas", "eps", "total_steps")}
-        sizes = [size for p in params for size in self.tensor_sizes or [p.numel()]]
+        sizes = [math.prod(shape) for p in params for shape in self.tensor_shapes or [p.shape]]
         self.rule.update_(g, state, finite=finite, sizes=sizes, **options)
-        lr = group["lr"]
-        offset = 0
+        lr, factor, offset = group["lr"], self.step_factor, 0
         for p in params:
             delta = g[offset : offset + p.numel()].view_as(p)
             offset += p.numel()
             if group["weight_decay"]:
                 p.mul_(1 - lr * group["weight_decay"] * finite)
-            p.sub_((lr * delta).to(p.dtype))
+            p.sub_((lr * factor * delta).to(p.dtype))
             if self.average:
                 kept = self.state[p]
                 weight = finite * average_weight(kept["step"], self.average)  # ()
@@ -247,4 +262,4 @@ class LearnedOptimizer(Optimizer):
         self.state[p].update(state._asdict())
         if group["weight_decay"]:
             p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.sub_((group["lr"] * delta).view_as(p).to(p.dtype))
+        p.sub_((group["lr"] * self.step_factor * delta).view_as(p).to(p.dtype))

@@ -98,7 +98,7 @@ class SubspaceOptimizer(Optimizer):
         self._inner = LearnedOptimizer([c], inner) if isinstance(inner, Rule) else inner([c])
         self._check_inner()
         if isinstance(self._inner, LearnedOptimizer):
-            self._inner.tensor_sizes = self.basis.tensor_sizes
+            self._inner.tensor_shapes = self.basis.tensor_shapes
         self._outside: Optimizer | None = None
         self._anchors: list[torch.Tensor] | None = None
         self._pending: torch.Tensor | None = None  # (d,) the clipped projected gradient, made ahead of `step`

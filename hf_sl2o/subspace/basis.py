@@ -8,6 +8,7 @@ of a coefficient is: theta = theta_0 + U (units * c), and the projected gradient
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -73,9 +74,14 @@ class Basis(HubFiles):
         return self.units.numel()
 
     @property
+    def tensor_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the tensors that the coefficients are: one of (d,); of an identity basis the parameters' own."""
+        return [(self.dim,)]
+
+    @property
     def tensor_sizes(self) -> list[int]:
-        """Sizes of the tensors that the coefficients are: one of d; of an identity basis the parameters' own."""
-        return [self.dim]
+        """Their sizes."""
+        return [math.prod(shape) for shape in self.tensor_shapes]
 
     @property
     def device(self) -> torch.device:

@@ -58,8 +58,8 @@ class IdentityBasis(Basis):
         yield 0, stop - start, torch.eye(stop - start, device=self.device)  # for `matrix`, of small cases
 
     @property
-    def tensor_sizes(self) -> list[int]:
-        return list(self.layout.numels)
+    def tensor_shapes(self) -> list[tuple[int, ...]]:
+        return list(self.layout.shapes)
 
     @property
     def dtype(self) -> torch.dtype:
