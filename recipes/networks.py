@@ -192,17 +192,18 @@ class SmallViT(nn.Module):
         return self.vit(pixel_values=images).logits
 
 
-def small_vit(num_classes: int = 10, width: int = 64, layers: int = 4, heads: int = 4) -> nn.Module:
-    """Returns a ViT of 4 x 4 patches without dropout: `(B, 3, 32, 32)` to `(B, num_classes)`.
+def small_vit(num_classes: int = 10, width: int = 64, layers: int = 4, heads: int = 4, patch: int = 4) -> nn.Module:
+    """Returns a ViT without dropout: `(B, 3, 32, 32)` to `(B, num_classes)`.
 
     Args:
         num_classes (`int`, *optional*, defaults to 10): Size of the head.
         width (`int`, *optional*, defaults to 64): Size of a token; the hidden layer of an MLP has twice as many.
         layers, heads (`int`, *optional*, default to 4): Of the encoder.
+        patch (`int`, *optional*, defaults to 4): Pixels at the side of a patch.
     """
     config = ViTConfig(
         image_size=32,
-        patch_size=4,
+        patch_size=patch,
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=heads,

@@ -346,5 +346,12 @@ PROBLEMS: dict[str, Callable[[str], Problem]] = {
     "code-llama-wide": code_llama(256, 6, 1e-3, 600),
     "cifar-resnet8": cifar(with_batch_statistics(resnet8), 1e-2, 1200),
     "cifar-resnet20": cifar(with_batch_statistics(resnet20), 1e-2, 1200),
+    # The same network in two widths, for study_width.py
+    **{
+        f"cifar-vit-of-{width}": cifar(
+            functools.partial(small_vit, width=width, patch=8), 1e-3, 600, r".*(query|value|q_proj|v_proj)"
+        )
+        for width in (64, 192)
+    },
     "cifar-vit": cifar(small_vit, 3e-3, 1500, r".*(query|key|value|dense|q_proj|k_proj|v_proj|o_proj|fc1|fc2)"),
 }
