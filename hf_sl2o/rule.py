@@ -304,6 +304,14 @@ class Rule(nn.Module, HubFiles):
 
     def card(self) -> dict[str, str]:
         config = self.config
+        details = []
+        if config.base_width:
+            details.append(
+                f"Over matrices wider than {config.base_width} (LoRA factors; the median of their longer sides) its "
+                f"steps are multiplied by {config.base_width} / width."
+            )
+        if config.average:
+            details.append(f"A Trainer evaluates and saves at its running average, eta {config.average:g}.")
         kind = (
             f"the expression {config.expression!r}" if config.expression else f"an LSTM of size {config.hidden_size}"
         )
@@ -313,7 +321,7 @@ class Rule(nn.Module, HubFiles):
             f"inputs {config.inputs}, output scale {config.output_scale}.",
             "usage": "import hf_sl2o\nfrom transformers import TrainingArguments\n\n"
             'args = TrainingArguments("out", optim="sl2o", optim_args="rule=user/name")',
-            "details": "",
+            "details": " ".join(details),
         }
 
 

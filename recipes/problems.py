@@ -320,18 +320,19 @@ def docs_gpt2(data: str) -> Problem:
     return text_problem(python_docs(capitals=True), build, lm_loss, 3e-3, 1500, r".*(c_attn|c_proj|c_fc)")
 
 
-def code_llama(width: int, layers: int, learning_rate: float, steps: int) -> Callable[[str], Problem]:
+def code_llama(data: str) -> Problem:
     def build() -> nn.Module:
         config = LlamaConfig(
-            vocab_size=128, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-            num_attention_heads=4, max_position_embeddings=64, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+            vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=64, bos_token_id=0, eos_token_id=0, pad_token_id=0,
         )  # fmt: skip
         model = LlamaForCausalLM(config)
         model.loss_type = "ForCausalLM"
         return model
 
-    targets = r".*(q_proj|k_proj|v_proj|o_proj|up_proj|down_proj)"
-    return lambda data: text_problem(python_code(), build, lm_loss, learning_rate, steps, targets)
+    return text_problem(
+        python_code(), build, lm_loss, 3e-3, 1500, r".*(q_proj|k_proj|v_proj|o_proj|up_proj|down_proj)"
+    )
 
 
 PROBLEMS: dict[str, Callable[[str], Problem]] = {
@@ -342,8 +343,7 @@ PROBLEMS: dict[str, Callable[[str], Problem]] = {
     "e2e-gpt2": e2e_gpt2,
     "docs-gpt2": docs_gpt2,
     "docs-gru": docs_gru,
-    "code-llama": code_llama(64, 2, 3e-3, 1500),
-    "code-llama-wide": code_llama(256, 6, 1e-3, 600),
+    "code-llama": code_llama,
     "cifar-resnet8": cifar(with_batch_statistics(resnet8), 1e-2, 1200),
     "cifar-resnet20": cifar(with_batch_statistics(resnet20), 1e-2, 1200),
     # The same network in two widths, for study_width.py

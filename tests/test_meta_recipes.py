@@ -14,6 +14,7 @@ import study_estimators
 import study_inputs
 import study_transfer
 import study_unroll
+import study_width
 import torch
 
 from hf_sl2o import LSTMRule, Rule, RuleConfig
@@ -158,6 +159,23 @@ def test_study_of_averages(short, tmp_path):
     assert study_average.over_last(runs, 1) == {"0": pytest.approx(1), "4": pytest.approx(2)}
     runs["4"]["eval_per_seed"][0][2][1] = 0.5
     assert study_average.over_last(runs, 20)["4"] == pytest.approx(0.5)  # from that step on
+
+
+def test_study_of_widths(short, monkeypatch, tmp_path):
+    """The gains are those of the rule without its own factor, or they would be multiplied twice."""
+    monkeypatch.setattr(study_width, "TASKS", {48: "digits-mlp"})
+    shipped = Rule.from_pretrained(study_width.SHIPPED_RULES / "default-lora")
+    plain = study_width.without_width(shipped)
+    wide = [(16, 192), (192, 16)]
+    assert shipped.config.step_factor(wide) == 1 / 3 and plain.config.step_factor(wide) == 1
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), shipped.parameters(), strict=True))
+    words = ["--widths", "48", "--steps", "10", "--seeds", "1", "--rank", "2", "--output_dir", str(tmp_path / "runs")]
+    words += ["--tasks_dir", str(tmp_path / "tasks"), "--json", str(tmp_path / "w.json")]
+    found = study_width.main(words)["tasks"]["48"]
+    assert found["step_factor"] == 1.0 and found["runs"]["sl2o"]["learning_rate"] >= 1.0  # ten steps: long ones
+    ends = dict((lr, curve[-1][1]) for lr, curve in found["runs"]["sl2o"]["grid"])
+    assert ends[0.1] > ends[1.0]
+    assert (tmp_path / "w.png").stat().st_size > 5000
 
 
 def test_transfer_is_summed_up_by_geometric_means_over_the_columns():
