@@ -51,13 +51,17 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    levels = ("subspace_adamw", "subspace_momentum") if rows[0]["judged"] else ()
+    widths = (2, 3) if levels else (2,)
     figure, axes = pyplot.subplots(
-        1, 2, figsize=(13, 0.5 * len(rows) + 1.8), layout="constrained", sharey=True, width_ratios=(2, 3)
-    )
+        1, len(widths), figsize=(3 + 2 * sum(widths), 0.5 * len(rows) + 1.8), layout="constrained", sharey=True,
+        width_ratios=widths, squeeze=False,
+    )  # fmt: skip
+    axes = axes[0]
     for y, row in enumerate(rows):
         axes[0].plot(row["scores"], [y] * len(row["scores"]), "o", color="C0")
         axes[0].plot(sum(row["scores"]) / len(row["scores"]), y, "|", color="black", markersize=18)
-        for index, level in enumerate(("subspace_adamw", "subspace_momentum")):
+        for index, level in enumerate(levels):
             ratios = [ratio for of_seed in row["judged"] for ratio in of_seed[level].values()]
             known = [ratio for ratio in ratios if ratio is not None]
             label = level if y == 0 else None
@@ -68,9 +72,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                                  va="center", fontsize=7, color=f"C{index}")  # fmt: skip
     axes[0].set_yticks(range(len(rows)), [row["variant"] for row in rows])
     axes[0].set(xlabel="score: held-out loss over that before training (a dot a seed)")
-    axes[1].set(xlabel="steps over the tuned baseline's own, to its final loss (a dot a seed and task)")
     axes[0].invert_yaxis()
-    if rows[0]["judged"]:
+    if levels:
+        axes[1].set(xlabel="steps over the tuned baseline's own, to its final loss (a dot a seed and task)")
         axes[1].legend(fontsize=8, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     for axis in axes:
         axis.grid(alpha=0.3)

@@ -195,6 +195,8 @@ def test_study_of_inputs(short, plans, tmp_path):
     words += ["--judge_on", "quadratic", "--judge_steps", "20", "--runs_dir", str(tmp_path / "runs")]
     result = study_inputs.main([*words, "--json", str(tmp_path / "i.json"), *SMALL])
     assert [row["variant"] for row in result["rows"]] == ["plan", "neither"]
+    study_inputs.plot([{**row, "judged": []} for row in result["rows"]], tmp_path / "scores.png")  # of default-lora
+    assert (tmp_path / "scores.png").stat().st_size > 5000
     for row in result["rows"]:
         assert set(row["judged"][0]) == {"subspace_adamw", "subspace_momentum", "subspace_sgd"}
         assert set(row["judged"][0]["subspace_adamw"]) == {"quadratic"}
