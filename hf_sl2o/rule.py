@@ -139,7 +139,7 @@ class Rule(nn.Module, HubFiles):
             `(k, 2)`: s, the square root of the mean of v^ over the tensor, and the cosine of g and m (0 at first);
             None for a rule that sees neither.
         """
-        if not (self.config.tensor_scale or self.config.agreement):
+        if not self.config.sees_tensors:
             return None
         beta2 = self.config.beta2 if betas is None else betas[1]
         sizes = (g.numel(),) if sizes is None else tuple(sizes)
