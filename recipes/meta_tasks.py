@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -149,11 +150,16 @@ def named_task(name: str, data: str, folder: Path) -> Task:
     "digits-mlp"; "digits-mlp@8": batches of 8; "digits-mlp-lora4": LoRA, rank 4; "digits-mlp-lora4x16": LoRA, rank 4,
     alpha 16 times that (else twice).
     """
-    problem, lora, adapter = name.partition("-lora")
-    rank, _, scaling = adapter.partition("x")
-    return (
-        lora_task(problem, data, folder, int(rank), float(scaling or 2)) if lora else subspace_task(name, data, folder)
-    )
+    match = re.fullmatch(r"([\w-]+?)(?:@[1-9]\d*|-lora([1-9]\d*)(?:x(\d*\.?\d+))?)?", name)
+    if match is None or match[1] not in PROBLEMS:
+        raise ValueError(
+            f"there is no task {name!r}, expected one of {', '.join(PROBLEMS)}; after it may stand @ROWS, "
+            "-loraRANK, or -loraRANKxSCALING"
+        )
+    problem, rank, scaling = match.groups()
+    if rank is None:
+        return subspace_task(name, data, folder)
+    return lora_task(problem, data, folder, int(rank), float(scaling or 2))
 
 
 # What drives a task

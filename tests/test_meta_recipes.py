@@ -161,6 +161,27 @@ def test_study_of_averages(short, tmp_path):
     assert study_average.over_last(runs, 20)["4"] == pytest.approx(0.5)  # from that step on
 
 
+def test_names_of_tasks(short, tmp_path):
+    def scaling(name):
+        task = meta_tasks.named_task(name, "embedded", tmp_path)
+        (module,) = [m for n, m in task.build_model().named_modules() if n == "base_model.model.0"]
+        return task.name, module.r["default"], module.scaling["default"]
+
+    assert scaling("digits-mlp-lora2") == ("digits-mlp-lora2", 2, 2)
+    assert scaling("digits-mlp-lora3x0.5") == ("digits-mlp-lora3x0.5", 3, 0.5)
+    assert meta_tasks.named_task("quadratic@8", "embedded", tmp_path).name == "quadratic@8"
+    for wrong in (
+        "nothing",
+        "digits-mlp-lora0",
+        "digits-mlp-lorax4",
+        "digits-mlp-lora4xx",
+        "digits-mlp@",
+        "nothing@8",
+    ):
+        with pytest.raises(ValueError, match=f"there is no task '{wrong}', expected one of quadratic, teacher"):
+            meta_tasks.named_task(wrong, "embedded", tmp_path)
+
+
 def test_study_of_widths(short, monkeypatch, tmp_path):
     """The gains are those of the rule without its own factor, or they would be multiplied twice."""
     monkeypatch.setattr(study_width, "TASKS", {48: "digits-mlp"})
