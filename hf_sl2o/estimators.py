@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from .rule import Rule, RuleState, tensor_index
+from .inputs import tensor_index
+from .rule import Rule, RuleState
 from .subspace import Basis
 from .tasks import InnerRun
 

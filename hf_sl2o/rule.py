@@ -17,7 +17,6 @@ far.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ import torch
 from torch import nn
 
 from .hub import HubFiles, take
+from .inputs import log_and_sign, tensor_index, tensor_inputs
 from .rule_config import ADDED_LATER, EXPRESSIONS, RuleConfig
 
 R = TypeVar("R", bound="Rule")
@@ -53,26 +53,6 @@ class RuleState(NamedTuple):
         """Returns the state of some of the coordinates: views for a slice, copies for indices."""
         step = self.step if self.step.ndim == 0 else self.step[part]
         return RuleState(step, *(tensor[part] for tensor in self[1:]))
-
-
-@functools.lru_cache(maxsize=32)
-def _of_tensors(sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sizes of the tensors in a flat vector and where each ends, (k,) int64; kept, so that no step copies them."""
-    counts = torch.tensor(sizes, device=device)
-    return counts, counts.cumsum(0)
-
-
-def tensor_index(coordinates: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """Maps (K,) positions in a flat vector of tensors to the number of the tensor that each lies in, (K,) int64."""
-    return torch.bucketize(coordinates, _of_tensors(tuple(sizes), coordinates.device)[1], right=True)
-
-
-def log_and_sign(x: torch.Tensor, p: float) -> torch.Tensor:
-    """Maps (N, k) to (N, 2k): log|x| / p and sign x where |x| >= e^-p, else -1 and e^p x (Andrychowicz 2016)."""
-    # The clamps give both branches at once; the floor keeps log finite at x = 0.
-    magnitude = (x.abs().clamp_min(1e-37).log() / p).clamp_min(-1.0)
-    sign = (x * torch.exp(torch.tensor(p, dtype=x.dtype, device=x.device))).clamp(-1.0, 1.0)
-    return torch.stack([magnitude, sign], dim=-1).flatten(-2)
 
 
 class Rule(nn.Module, HubFiles):
@@ -142,20 +122,11 @@ class Rule(nn.Module, HubFiles):
         if not self.config.sees_tensors:
             return None
         beta2 = self.config.beta2 if betas is None else betas[1]
-        sizes = (g.numel(),) if sizes is None else tuple(sizes)
-        counts, ends = _of_tensors(sizes, g.device)
         step = state.step + 1 + self.config.bias_correction_offset
-        if step.ndim:
-            step = step[ends - 1]
-        gradients, momenta = g.split(sizes), state.exp_avg.split(sizes)
-        norms = torch.stack(torch._foreach_norm(gradients))  # (k,)
-        old = torch.stack(torch._foreach_norm(state.exp_avg_sq.split(sizes), 1))  # (k,) sums: v is not negative
-        scale = (torch.lerp(norms.square(), old, beta2) / counts / (1 - beta2**step)).sqrt()
-        if not self.config.agreement:
-            return torch.stack([scale, torch.zeros_like(scale)], dim=-1)
-        dots = torch.stack([torch.dot(of_g, of_m) for of_g, of_m in zip(gradients, momenta, strict=True)])
-        lengths = norms * torch.stack(torch._foreach_norm(momenta))
-        return torch.stack([scale, dots / lengths.clamp_min(torch.finfo(g.dtype).tiny)], dim=-1)
+        sizes = (g.numel(),) if sizes is None else tuple(sizes)
+        return tensor_inputs(
+            g, state.exp_avg, state.exp_avg_sq, step, sizes, beta2=beta2, agreement=self.config.agreement
+        )
 
     def forward(
         self,

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from hf_sl2o import LSTMRule, Rule, RuleConfig, SymbolicRule
-from hf_sl2o.rule import EXPRESSIONS, log_and_sign
+from hf_sl2o.inputs import log_and_sign
+from hf_sl2o.rule import EXPRESSIONS
 
 
 def numpy_rule(rule, gradients, quirks=False):
