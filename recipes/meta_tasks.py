@@ -54,6 +54,11 @@ def first_rows(batch: Any, rows: int) -> Any:
     return type(batch)(first_rows(value, rows) for value in batch)
 
 
+def cut(batches: Callable[[int], Iterator[Any]], rows: str) -> Callable[[int], Iterator[Any]]:
+    """Cuts the batches to so many rows; "": leaves them."""
+    return (lambda seed: (first_rows(batch, int(rows)) for batch in batches(seed))) if rows else batches
+
+
 def subspace_task(name: str, data: str, folder: Path, dim: int = 40) -> Task:
     """A problem in the subspace of a recorded AdamW run, made once and kept in `folder`.
 
@@ -83,12 +88,8 @@ def subspace_task(name: str, data: str, folder: Path, dim: int = 40) -> Task:
         save_json(where / "done.json", {"full_space_loss": sum(losses) / len(losses), **basis.provenance})
     basis = Basis.from_pretrained(where / "basis")
 
-    def batches(seed: int) -> Iterator[Any]:
-        whole = problem.batches("all", seed)
-        return (first_rows(batch, int(rows)) for batch in whole) if rows else whole
-
     return Task(
-        task_name, problem.build_model, batches, problem.loss, basis,
+        task_name, problem.build_model, cut(lambda seed: problem.batches("all", seed), rows), problem.loss, basis,
         problem.eval_batches("all"),
     )  # fmt: skip
 
@@ -116,10 +117,11 @@ def pretrained_base(name: str, data: str, folder: Path) -> tuple[Problem, Path]:
 def lora_task(name: str, data: str, folder: Path, rank: int = 8, scaling: float = 2.0) -> Task:
     """LoRA factors of a pretrained base on the held-back part of its data; each scalar is a coordinate.
 
-    `scaling` is alpha / rank: what the adapter's output is multiplied by.
+    `scaling` is alpha / rank: what the adapter's output is multiplied by. `name` may end in @ROWS, as above.
     """
     from peft import LoraConfig, get_peft_model
 
+    name, at, rows = name.partition("@")
     problem, where = pretrained_base(name, data, folder)
     weights = load_file(where)
 
@@ -137,9 +139,9 @@ def lora_task(name: str, data: str, folder: Path, rank: int = 8, scaling: float 
         return get_peft_model(model, config)  # type: ignore[arg-type, no-any-return]
 
     basis = IdentityBasis(Layout.from_named_parameters(build().named_parameters()))
-    adapter = f"{name}-lora{rank}" + ("" if scaling == 2 else f"x{scaling:g}")
+    adapter = f"{name}-lora{rank}" + ("" if scaling == 2 else f"x{scaling:g}") + at + rows
     return Task(
-        adapter, build, lambda seed: problem.batches("held-back", seed), problem.loss, basis,
+        adapter, build, cut(lambda seed: problem.batches("held-back", seed), rows), problem.loss, basis,
         problem.eval_batches("held-back"),
     )  # fmt: skip
 
@@ -147,19 +149,19 @@ def lora_task(name: str, data: str, folder: Path, rank: int = 8, scaling: float 
 def named_task(name: str, data: str, folder: Path) -> Task:
     """Returns the task of a name.
 
-    "digits-mlp"; "digits-mlp@8": batches of 8; "digits-mlp-lora4": LoRA, rank 4; "digits-mlp-lora4x16": LoRA, rank 4,
-    alpha 16 times that (else twice).
+    "digits-mlp"; "digits-mlp-lora4": LoRA, rank 4; "digits-mlp-lora4x16": LoRA, rank 4, alpha 16 times that (else
+    twice); each may end in @ROWS, such as "digits-mlp@8": smaller batches.
     """
-    match = re.fullmatch(r"([\w-]+?)(?:@[1-9]\d*|-lora([1-9]\d*)(?:x(\d*\.?\d+))?)?", name)
+    match = re.fullmatch(r"([\w-]+?)(?:-lora([1-9]\d*)(?:x(\d*\.?\d+))?)?(@[1-9]\d*)?", name)
     if match is None or match[1] not in PROBLEMS:
         raise ValueError(
-            f"there is no task {name!r}, expected one of {', '.join(PROBLEMS)}; after it may stand @ROWS, "
-            "-loraRANK, or -loraRANKxSCALING"
+            f"there is no task {name!r}, expected one of {', '.join(PROBLEMS)}; after it may stand -loraRANK or "
+            "-loraRANKxSCALING, and @ROWS"
         )
-    problem, rank, scaling = match.groups()
-    if rank is None:
-        return subspace_task(name, data, folder)
-    return lora_task(problem, data, folder, int(rank), float(scaling or 2))
+    problem, rank, scaling, rows = match.groups(default="")
+    if not rank:
+        return subspace_task(problem + rows, data, folder)
+    return lora_task(problem + rows, data, folder, int(rank), float(scaling or 2))
 
 
 # What drives a task

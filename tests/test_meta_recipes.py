@@ -170,12 +170,19 @@ def test_names_of_tasks(short, tmp_path):
     assert scaling("digits-mlp-lora2") == ("digits-mlp-lora2", 2, 2)
     assert scaling("digits-mlp-lora3x0.5") == ("digits-mlp-lora3x0.5", 3, 0.5)
     assert meta_tasks.named_task("quadratic@8", "embedded", tmp_path).name == "quadratic@8"
+    # Fewer rows: the first of the same batch. Another name, or its kept runs would pass for those of whole batches.
+    whole, few = (meta_tasks.named_task(f"digits-mlp-lora2{at}", "embedded", tmp_path) for at in ("", "@8"))
+    for rows, fewer in zip(next(whole.batches(3)), next(few.batches(3)), strict=True):
+        assert len(fewer) == 8 < len(rows) and torch.equal(rows[:8], fewer)
+    assert few.name == "digits-mlp-lora2@8" != whole.name
+    assert all(torch.equal(a, b) for a, b in zip(whole.eval_batches[0], few.eval_batches[0], strict=True))
     for wrong in (
         "nothing",
         "digits-mlp-lora0",
         "digits-mlp-lorax4",
         "digits-mlp-lora4xx",
         "digits-mlp@",
+        "digits-mlp@8-lora2",
         "nothing@8",
     ):
         with pytest.raises(ValueError, match=f"there is no task '{wrong}', expected one of quadratic, teacher"):
