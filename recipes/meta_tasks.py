@@ -117,7 +117,7 @@ def pretrained_base(name: str, data: str, folder: Path) -> tuple[Problem, Path]:
 def lora_task(name: str, data: str, folder: Path, rank: int = 8, scaling: float = 2.0) -> Task:
     """LoRA factors of a pretrained base on the held-back part of its data; each scalar is a coordinate.
 
-    `scaling` is alpha / rank: what the adapter's output is multiplied by. `name` may end in @ROWS, as above.
+    `scaling` is alpha / rank: what the adapter's output is multiplied by. `name` may end in @ROWS: smaller batches.
     """
     from peft import LoraConfig, get_peft_model
 
