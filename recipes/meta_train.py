@@ -1,4 +1,4 @@
-"""Meta-trains the rules that ship with the package, and judges each step by validation; see `RULES`.
+"""Meta-trains the rules that ship with the package, and chooses them by validation; see `PLANS`.
 
     python recipes/meta_train.py --rule default --data PATH         # coefficients in whitened units
     python recipes/meta_train.py --rule default-lora --data PATH    # LoRA factors
@@ -28,13 +28,25 @@ from hf_sl2o.files import save_json
 
 
 @dataclass(frozen=True)
+class Stage:
+    """One MetaTrainer; it goes on with the rule of the stage before."""
+
+    tasks: tuple[str, ...]  # see meta_tasks.named_task
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a shipped rule is meta-trained on; evaluate_rules.py judges it on tasks that are not among them."""
 
     config: RuleConfig
-    tasks: tuple[str, ...]  # see meta_tasks.named_task
-    settings: dict[str, Any]
+    stages: tuple[Stage, ...]
     coordinates: int | None = None
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Each task of any stage, once."""
+        return tuple(dict.fromkeys(task for stage in self.stages for task in stage.tasks))
 
 
 PAPER: dict[str, Any] = {
@@ -57,25 +69,43 @@ OURS: dict[str, Any] = {
 PLANS = {
     "default": Plan(
         RuleConfig(tensor_scale=True, progress=True, average=4.0),  # study_average.py
-        ("quadratic", "teacher", "teacher@8", "digits-mlp", "digits-mlp@8", "e2e-gpt2@8"),
-        {
-            **OURS,
-            "meta_epochs": 40,
-            "meta_loss": "log",
-            "curriculum": [100, 400, 200],  # the rule sees the share of a run that is done: runs of several lengths
-            "random_scaling": 0.5,
-        },
+        (
+            Stage(
+                ("quadratic", "teacher", "teacher@8", "digits-mlp", "digits-mlp@8", "e2e-gpt2@8"),
+                {
+                    **OURS,
+                    "meta_epochs": 40,
+                    "meta_loss": "log",
+                    "curriculum": [100, 400, 200],  # the rule sees the share of a run that is done: several lengths
+                    "random_scaling": 0.5,
+                },
+            ),
+        ),
     ),
     "default-lora": Plan(
         RuleConfig(log_sign=10.0, output_scale=0.01, tensor_scale=True, average=9.0, base_width=64),
-        ("digits-mlp-lora4", "docs-gpt2-lora4"),
-        {**OURS, "meta_epochs": 8},
+        (
+            # Many short windows make a rule that descends, but favour what pays within 20 steps; then whole runs.
+            Stage(("digits-mlp-lora4", "docs-gpt2-lora4"), {**OURS, "meta_epochs": 8}),
+            Stage(
+                ("digits-mlp-lora4", "digits-mlp-lora16", "docs-gpt2-lora4", "docs-gpt2-lora16"),
+                {
+                    **OURS,
+                    "unroll_length": 200,
+                    "meta_epochs": 32,
+                    "eval_every": 4,
+                    "meta_loss": "log",
+                },
+            ),
+        ),
         coordinates=2000,
     ),
     # The published constants, T, N and schedule, on a network of two cores' size.
-    "paper-cnn": Plan(RuleConfig.preset("paper-cnn"), ("digits-mlp",), PAPER),
+    "paper-cnn": Plan(RuleConfig.preset("paper-cnn"), (Stage(("digits-mlp",), PAPER),)),
     "paper-transformer": Plan(
-        RuleConfig.preset("paper-transformer"), ("docs-gpt2-lora4",), {**PAPER, "inner_steps": 200}, coordinates=2000
+        RuleConfig.preset("paper-transformer"),
+        (Stage(("docs-gpt2-lora4",), {**PAPER, "inner_steps": 200}),),
+        coordinates=2000,
     ),
 }
 
@@ -89,11 +119,11 @@ class MetaTrainArguments:
     output_dir: str = field(default="outputs/meta_train", metadata={"help": "Bases, checkpoints, logs."})
     name: str | None = field(default=None, metadata={"help": "Of the folder in it; default: the rule's."})
     save_to: str | None = field(default=None, metadata={"help": "Also keep the rule and how it was made here."})
-    tasks: list[str] = field(default_factory=list, metadata={"help": "Instead of the plan's."})
+    tasks: list[str] = field(default_factory=list, metadata={"help": "Instead of the plan's, in every stage."})
     meta_epochs: int | None = field(default=None, metadata={"help": "Instead of the plan's."})
     inner_steps: int | None = field(default=None, metadata={"help": "Instead of the plan's."})
     unroll_length: int | None = field(default=None, metadata={"help": "Instead of the plan's."})
-    meta_learning_rate: float = field(default=1e-2, metadata={"help": "Of Adam."})
+    meta_learning_rate: float | None = field(default=None, metadata={"help": "Instead of the plan's; of Adam."})
     random_scaling: float | None = field(default=None, metadata={"help": "Instead of the plan's."})
     lr_scheduler_type: str | None = field(default=None, metadata={"help": "Instead of the plan's: linear, constant."})
     output_scale: float | None = field(default=None, metadata={"help": "Instead of the plan's."})
@@ -114,49 +144,67 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise ValueError(f"--rule is {options.rule!r}, expected one of {', '.join(PLANS)}")
     plan, folder = PLANS[options.rule], Path(options.output_dir)
     start, environment_ = time.perf_counter(), environment(Path(__file__).parent)
-    tasks = [named_task(name, options.data, folder / "tasks") for name in options.tasks or plan.tasks]
-    settings = dict(plan.settings)
-    for name in ("meta_epochs", "inner_steps", "unroll_length", "random_scaling", "lr_scheduler_type", "meta_loss"):
-        if getattr(options, name) is not None:
-            settings[name] = getattr(options, name)
-    if options.inner_steps is not None:
-        settings["curriculum"] = []
-    args = MetaTrainingArguments(
-        str(folder / (options.name or options.rule)),
-        meta_learning_rate=options.meta_learning_rate,
-        seed=options.seed,
-        use_cpu=options.use_cpu,
-        max_seconds=options.max_seconds,
-        disable_tqdm=options.disable_tqdm,
-        **settings,
-    )
     changes: dict[str, Any] = {"momenta": tuple(options.momenta)}
     for name in ("output_scale", "tensor_scale", "progress", "agreement"):
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(options.seed)
     rule = LSTMRule(dataclasses.replace(plan.config, **changes))
-    trainer = MetaTrainer(rule, args, tasks, estimator=FirstOrder(coordinates=plan.coordinates))
-    trained = trainer.train()
+    last = folder / (options.name or options.rule)
+    stages = []
+    for number, stage in enumerate(plan.stages, 1):
+        where = last if number == len(plan.stages) else last / f"stage-{number}"
+        trainer = MetaTrainer(
+            rule,
+            arguments(stage, where, options, start),
+            [named_task(name, options.data, folder / "tasks") for name in options.tasks or stage.tasks],
+            estimator=FirstOrder(coordinates=plan.coordinates),
+        )
+        trainer.train()
+        stages.append(
+            {
+                "tasks": [task.name for task in trainer.tasks],
+                "settings": {**dataclasses.asdict(trainer.args), "output_dir": None},
+                "finished": trainer.epoch == trainer.args.meta_epochs,
+                "best_score": trainer.best,
+                "validation": [entry for entry in trainer.log_history if "score" in entry],
+            }
+        )
+        if not stages[-1]["finished"]:
+            break
     result = {
         "command": " ".join(["python", "recipes/meta_train.py", *portable(sys.argv[1:] if argv is None else argv)]),
-        "tasks": [task.name for task in tasks],
-        "settings": {**dataclasses.asdict(args), "output_dir": None},
+        "tasks": list(dict.fromkeys(name for stage in stages for name in stage["tasks"])),
         "estimator": repr(trainer.estimator),
         "rule": dataclasses.asdict(rule.config),
-        "finished": trainer.epoch == args.meta_epochs,
+        "finished": len(stages) == len(plan.stages) and stages[-1]["finished"],
         "seconds": time.perf_counter() - start,
-        "best_score": trainer.best,
-        "validation": [entry for entry in trainer.log_history if "score" in entry],
+        "stages": stages,
         "environment": environment_,
     }
     if trainer.accelerator.is_main_process:
-        save_json(Path(args.output_dir) / "provenance.json", result)
+        save_json(last / "provenance.json", result)
         if options.save_to and result["finished"]:
             shutil.rmtree(options.save_to, ignore_errors=True)
-            trained.save_pretrained(options.save_to)
-            shutil.copy(Path(args.output_dir) / "provenance.json", options.save_to)
+            rule.save_pretrained(options.save_to)
+            shutil.copy(last / "provenance.json", options.save_to)
     return result
+
+
+def arguments(stage: Stage, folder: Path, options: MetaTrainArguments, start: float) -> MetaTrainingArguments:
+    """The settings of a stage with what the command line changes; `start` is when the recipe began."""
+    changed = ("meta_epochs", "inner_steps", "unroll_length", "random_scaling", "lr_scheduler_type", "meta_loss")
+    settings = dict(stage.settings)
+    for name in (*changed, "meta_learning_rate"):
+        if getattr(options, name) is not None:
+            settings[name] = getattr(options, name)
+    if options.inner_steps is not None:
+        settings["curriculum"] = []
+    if options.max_seconds is not None:
+        settings["max_seconds"] = options.max_seconds - (time.perf_counter() - start)
+    return MetaTrainingArguments(
+        str(folder), seed=options.seed, use_cpu=options.use_cpu, disable_tqdm=options.disable_tqdm, **settings
+    )
 
 
 if __name__ == "__main__":

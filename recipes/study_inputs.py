@@ -38,10 +38,11 @@ VARIANTS: dict[str, list[str]] = {
 
 def is_the_plan(plan: meta_train.Plan, words: list[str]) -> bool:
     """Whether a variant asks for what the plan does anyway."""
-    of_plan = {field.name: field.default for field in dataclasses.fields(MetaTrainingArguments)}
-    of_plan |= {**dataclasses.asdict(plan.config), **plan.settings}
+    defaults = {field.name: field.default for field in dataclasses.fields(MetaTrainingArguments)}
     return bool(words) and all(
-        str(of_plan[flag[2:]]) == value for flag, value in zip(words[::2], words[1::2], strict=False)
+        str({**defaults, **dataclasses.asdict(plan.config), **stage.settings}[flag[2:]]) == value
+        for stage in plan.stages
+        for flag, value in zip(words[::2], words[1::2], strict=False)
     )
 
 
@@ -120,9 +121,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             {
                 "variant": variant,
                 "judged": [judged(rule, options) for rule in rules] if options.rule == "default" else [],
-                "scores": [result["best_score"] for result in results],
+                "scores": [result["stages"][-1]["best_score"] for result in results],
                 "validation": [
-                    min(result["validation"], key=lambda e: e["score"])["validation"] for result in results
+                    min(result["stages"][-1]["validation"], key=lambda e: e["score"])["validation"]
+                    for result in results
                 ],
             }
         )

@@ -1,6 +1,7 @@
 """The recipes that make, judge and study learned optimizers, at toy size: they run, go on after a kill, and agree."""
 
 import dataclasses
+import itertools
 import json
 
 import evaluate_rules  # recipes/ is on the path, as it is where a recipe runs
@@ -40,7 +41,9 @@ def plans(monkeypatch):
         ("default", ("digits-mlp@8",)),
         ("default-lora", ("digits-mlp-lora2",)),
     ):
-        monkeypatch.setitem(meta_train.PLANS, name, dataclasses.replace(meta_train.PLANS[name], tasks=tasks))
+        plan = meta_train.PLANS[name]
+        stages = tuple(dataclasses.replace(stage, tasks=tasks) for stage in plan.stages)
+        monkeypatch.setitem(meta_train.PLANS, name, dataclasses.replace(plan, stages=stages))
 
 
 SMALL = ["--meta_epochs", "2", "--inner_steps", "20", "--unroll_length", "10", "--use_cpu", "--disable_tqdm"]
@@ -50,7 +53,11 @@ SMALL = ["--meta_epochs", "2", "--inner_steps", "20", "--unroll_length", "10", "
 def test_a_rule_is_made_and_judged(rule, short, plans, tmp_path, capsys):
     folder = ["--output_dir", str(tmp_path)]
     made = meta_train.main(["--rule", rule, *SMALL, *folder, "--save_to", str(tmp_path / "rule")])
-    assert made["finished"] and len(made["validation"]) >= 2
+    assert made["finished"] and all(len(stage["validation"]) >= 2 for stage in made["stages"])
+    # A stage begins with the best rule of the one before: the same held-out losses.
+    for before, after in itertools.pairwise(made["stages"]):
+        best = min(before["validation"], key=lambda entry: entry["score"])
+        assert after["validation"][0]["validation"] == best["validation"] != before["validation"][0]["validation"]
     known = json.loads((tmp_path / "rule" / "provenance.json").read_text())
     assert known["command"].startswith("python recipes/meta_train.py --rule") and known["tasks"] == made["tasks"]
     assert str(tmp_path) not in json.dumps(known)
