@@ -1,4 +1,4 @@
-"""What a rule gains from seeing more than the paper's two inputs, and from its run's schedule.
+"""What a rule gains from seeing more than the paper's two inputs, and from how its plan trains it.
 
     python recipes/study_inputs.py --rule default --data PATH --json recipes/results/study_inputs_default.json
 
@@ -31,6 +31,7 @@ VARIANTS: dict[str, list[str]] = {
     "neither": ["--tensor_scale", "False", "--progress", "False"],
     "plan, momenta 0.5 and 0.99": ["--momenta", "0.5", "0.99"],
     "plan, agreement": ["--agreement", "True"],
+    "plan, windows of 20 steps": ["--unroll_length", "20"],
     "plan, sum of losses": ["--meta_loss", "sum"],
     "plan, no random scaling": ["--random_scaling", "0.0"],
 }
