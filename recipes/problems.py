@@ -19,6 +19,8 @@ from networks import resnet8, resnet20, small_vit
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+VIT_MATRICES = r".*(query|key|value|dense|q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -153,23 +155,35 @@ def with_batch_statistics(build: Callable[[], nn.Module]) -> Callable[[], nn.Mod
     return model
 
 
-def figures_cnn(data: str) -> Problem:
-    """Generated figures of 16 x 16 pixels, four convolutions with BatchNorm; a fifth of the labels is random."""
-    sets = {}
-    for split in ("train", "test"):
-        images, labels = cached_cifar("embedded", split, tuple(range(10)))
-        sets[split] = nn.functional.avg_pool2d(normalize(images), 2), labels
+def noisy(labels: torch.Tensor, classes: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+    """A fifth of the labels becomes a random one of these classes."""
+    random = torch.tensor(classes)[torch.randint(len(classes), labels.shape, generator=generator)]
+    return torch.where(torch.rand(labels.shape, generator=generator) < 0.2, random, labels)
 
-    def noisy(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        random = torch.randint(10, labels.shape, generator=generator)
-        return torch.where(torch.rand(labels.shape, generator=generator) < 0.2, random, labels)
+
+def figures(build: Callable[[], nn.Module], learning_rate: float, steps: int, side: int, targets: str = "") -> Problem:
+    """Generated figures of `side` x `side` pixels, batches of 64; a fifth of the labels is random."""
+
+    def part_of(split: str, part: str) -> tuple[torch.Tensor, torch.Tensor]:
+        images, labels = cached_cifar("embedded", split, tuple(labels_of(part, 10)))
+        return nn.functional.avg_pool2d(normalize(images), 32 // side), labels
 
     def batches(part: str, seed: int) -> Iterator[Any]:
         generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF)
-        x, y = sets["train"]
+        x, y = part_of("train", part)
         while True:
             take = torch.randint(len(y), (64,), generator=generator)
-            yield x[take], noisy(y[take], generator)
+            yield x[take], noisy(y[take], labels_of(part, 10), generator)
+
+    def eval_batches(part: str) -> Sequence[Any]:
+        x, y = part_of("test", part)
+        return [(x[:1000], noisy(y[:1000], labels_of(part, 10), torch.Generator().manual_seed(97)))]
+
+    return Problem(seeded(build), batches, cross_entropy, eval_batches, learning_rate, steps, targets)
+
+
+def figures_cnn(data: str) -> Problem:
+    """Figures of 16 x 16 pixels, four convolutions with BatchNorm."""
 
     def build() -> nn.Module:
         layers: list[nn.Module] = []
@@ -177,9 +191,12 @@ def figures_cnn(data: str) -> Problem:
             layers += [nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10))
 
-    x, y = sets["test"]
-    evals = [(x[:1000], noisy(y[:1000], torch.Generator().manual_seed(97)))]
-    return Problem(seeded(with_batch_statistics(build)), batches, cross_entropy, lambda part: evals, 1e-2, 1200)
+    return figures(with_batch_statistics(build), 1e-2, 1200, 16)
+
+
+def figures_vit(data: str) -> Problem:
+    """Figures of 32 x 32 pixels, a ViT of 17 tokens."""
+    return figures(functools.partial(small_vit, width=48, layers=3, patch=8), 1e-3, 600, 32, VIT_MATRICES)
 
 
 @functools.cache
@@ -340,6 +357,7 @@ PROBLEMS: dict[str, Callable[[str], Problem]] = {
     "teacher": teacher,
     "digits-mlp": digits_mlp,
     "figures-cnn": figures_cnn,
+    "figures-vit": figures_vit,
     "e2e-gpt2": e2e_gpt2,
     "docs-gpt2": docs_gpt2,
     "docs-gru": docs_gru,
@@ -353,5 +371,5 @@ PROBLEMS: dict[str, Callable[[str], Problem]] = {
         )
         for width in (64, 192)
     },
-    "cifar-vit": cifar(small_vit, 3e-3, 1500, r".*(query|key|value|dense|q_proj|k_proj|v_proj|o_proj|fc1|fc2)"),
+    "cifar-vit": cifar(small_vit, 3e-3, 1500, VIT_MATRICES),
 }
