@@ -85,8 +85,8 @@ PLANS = {
     "default-lora": Plan(
         RuleConfig(log_sign=10.0, output_scale=0.01, tensor_scale=True, average=9.0, base_width=64),
         (
-            # Many short windows make a rule that descends, but favour what pays within 20 steps; then whole runs. Two
-            # of their tasks are noisy: where gradients are all signal, a rule learns steps that are too long elsewhere.
+            # Many short windows make a rule that descends, but favour what pays within 20 steps; then whole runs.
+            # Two of the tasks are noisy: without them a rule takes steps that are too long where gradients are noise.
             Stage(("digits-mlp-lora4", "docs-gpt2-lora4"), {**OURS, "meta_epochs": 8}),
             Stage(
                 (

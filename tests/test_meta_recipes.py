@@ -125,6 +125,17 @@ def test_what_is_held_back_is_not_in_the_base(short, tmp_path):
     assert names and all("lora_" in name for name in names)
 
 
+def test_figures_have_a_fifth_of_random_labels():
+    problem = problems.PROBLEMS["figures-vit"]("embedded")
+    images, labels = next(problem.batches("held-back", 0))
+    assert images.shape == (64, 3, 32, 32) and set(labels.tolist()) == {7, 8, 9}
+    assert problem.build_model()(images).shape == (64, 10)
+    ((_, labels),) = problem.eval_batches("held-back")
+    _, known = problems.cached_cifar("embedded", "test", (7, 8, 9))
+    wrong = (labels != known[: len(labels)]).float().mean().item()
+    assert abs(wrong - 0.2 * 2 / 3) < 0.03  # a random class is the right one in one case of three
+
+
 def test_studies(short, tmp_path):
     tasks = ["--tasks_dir", str(tmp_path / "tasks")]
     words = ["--unroll_lengths", "5", "10", "--inner_steps", "20", "40", "--meta_epochs", "1", "--test_steps", "30"]
