@@ -33,7 +33,14 @@ TASKS = {  # what the rules were meta-trained on, and beside it smaller batches,
         "e2e-gpt2@8",
         "figures-cnn@16",
     ),
-    "default-lora": ("digits-mlp-lora4", "digits-mlp-lora16", "docs-gpt2-lora4", "docs-gpt2-lora8"),
+    "default-lora": (
+        "digits-mlp-lora4",
+        "digits-mlp-lora16",
+        "docs-gpt2-lora4",
+        "docs-gpt2-lora8",
+        "docs-gpt2-lora8@2",
+        "figures-vit-lora4",
+    ),
 }
 
 
