@@ -43,11 +43,6 @@ class Plan:
     stages: tuple[Stage, ...]
     coordinates: int | None = None
 
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Each task of any stage, once."""
-        return tuple(dict.fromkeys(task for stage in self.stages for task in stage.tasks))
-
 
 PAPER: dict[str, Any] = {
     "inner_steps": 1000,
