@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
 from hf_sl2o.comparison import table
 from hf_sl2o.files import load_json
+from recipes.levels import paid_for_rules
 
-ROOT = Path(__file__).resolve().parent.parent
 BLOCKS = {
     "e2e": ROOT / "recipes" / "results" / "gpt2_e2e.json",
     "step-cost": ROOT / "benchmarks" / "results" / "step_cost.json",
@@ -164,6 +167,7 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
         )
         + f"Test accuracy by seed, {result['data']['test']['rows']} rows, %: {per_seed}. "
         + f"Paid once, in training steps: {trajectory}meta-training {cost['meta_training']}{extraction}. "
+        + (paid_for_rules(cost) + " " if cost.get("rules") else "")
         + f"Made at commit {result['environment']['commit'][:7]}{on}."
     )
 

@@ -14,7 +14,7 @@ from pipeline import Pipeline
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_sl2o import Rule, SL2OTrainer, SL2OTrainingArguments
+from hf_sl2o import SL2OTrainer, SL2OTrainingArguments
 from hf_sl2o.registry import SHIPPED_RULES
 
 #: What the recipes' command lines set where the user does not.
@@ -79,11 +79,6 @@ def rule_arm(entry: str) -> tuple[str, Path]:
     return f"sl2o_{name or Path(path).name}", source
 
 
-def load_rules(given: Sequence[str]) -> dict[str, Rule]:
-    """Maps "default" or "NAME=PATH" to rules by the name of their arm."""
-    return {name: Rule.from_pretrained(source) for name, source in map(rule_arm, given)}
-
-
 class CifarPipeline(Pipeline):
     """CIFAR for the stages; a recipe adds the model and the arms."""
 
@@ -116,7 +111,7 @@ class CifarPipeline(Pipeline):
             "validation": {"rows": recipe.validation_rows},
             "test": {"rows": len(self.test_set)},
         }
-        self.extra_rules = load_rules(recipe.rules)
+        self.rule_folders = dict(map(rule_arm, recipe.rules))
 
     def trainer_objects(self) -> dict[str, Any]:
         return {

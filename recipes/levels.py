@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from hf_sl2o import MetaTrainingArguments
 from hf_sl2o.comparison import mean_steps_to, steps_to
+from hf_sl2o.files import load_json
 
 
 def fastest(grid: list[Any], target: float) -> list[Any] | None:
@@ -46,8 +49,39 @@ def to_accuracies(runs: Mapping[str, Any], levels: Mapping[str, float]) -> dict[
     }
 
 
-def amortised(stages: Mapping[str, Any], trajectory_steps: int, recorded_runs: int) -> dict[str, Any]:
-    """What was paid once, in training steps, and the seconds of each stage."""
+def meta_training_steps(folder: Path) -> int | None:
+    """Training steps of networks behind a rule that meta_train.py made, those of its validations too.
+
+    None: the folder does not say how its rule was made. An episode that diverged and ended early counts whole.
+    """
+    if not (folder / "provenance.json").is_file():
+        return None
+    made = load_json(folder / "provenance.json")
+    total = 0
+    for stage in made.get("stages", [made]):
+        if "settings" not in stage:
+            return None
+        args = MetaTrainingArguments(**{**stage["settings"], "output_dir": str(folder)})
+        episodes = len(stage["tasks"]) * args.episodes_per_task
+        total += episodes * sum(map(args.steps_at, range(args.meta_epochs)))
+        total += len(stage["tasks"]) * len(stage["validation"]) * args.inner_steps
+    return total
+
+
+def paid_for_rules(cost: Mapping[str, Any]) -> str:
+    """A sentence for below the table."""
+    known = [f"{arm} {'unknown' if steps is None else f'{steps:,}'}" for arm, steps in cost["rules"].items()]
+    return f"Meta-training of rules used unchanged, once for every task: {', '.join(known)}." if known else ""
+
+
+def amortised(
+    stages: Mapping[str, Any], trajectory_steps: int, recorded_runs: int, rules: Mapping[str, Path] | None = None
+) -> dict[str, Any]:
+    """What was paid once, in training steps, and the seconds of each stage.
+
+    `rules` holds the folders of rules that were used unchanged, by arm: what they cost is paid once for every task
+    and is not in the total.
+    """
     cost = {
         "trajectory": trajectory_steps if "sample" in stages else 0,
         "meta_training": stages["meta"]["steps"] if "meta" in stages else 0,
@@ -56,6 +90,7 @@ def amortised(stages: Mapping[str, Any], trajectory_steps: int, recorded_runs: i
         "unit": "training steps",
         **cost,
         "total": sum(cost.values()),
+        "rules": {arm: meta_training_steps(folder) for arm, folder in (rules or {}).items()},
         # learning rates and seeds the trajectory was chosen from
         "other_recorded_runs": max(0, recorded_runs - 1) * trajectory_steps,
         "seconds": {name: entry["seconds"] for name, entry in stages.items()},

@@ -28,7 +28,7 @@ from arms import (
     training_settings,
 )
 from kept_run import kept_run
-from levels import amortised, to_accuracies, to_losses
+from levels import amortised, meta_training_steps, paid_for_rules, to_accuracies, to_losses
 from torch import nn
 from transformers import HfArgumentParser
 from transformers.training_args import OptimizerNames
@@ -69,7 +69,7 @@ class Pipeline:
     key: str  # of everything that the stages depend on
     arms: Mapping[str, Arm]
     recorded_arm: str  # of the full space; its best run is the trajectory
-    extra_rules: Mapping[str, Rule] = {}  # of arms that do not use the rule of the meta stage
+    rule_folders: Mapping[str, Path] = {}  # of arms that use a rule as it is instead of the meta stage's
     recorded_share = 1.0  # of that run: snapshots are taken in it
 
     def trainer_objects(self) -> dict[str, Any]:
@@ -118,6 +118,7 @@ class Pipeline:
         """Takes what the stages' keys hold: `identity` tells recipes, models and data apart."""
         self.recipe, self.args, self.folder = recipe, args, Path(args.output_dir or "outputs")
         self.recorded: dict[Path, tuple[float, float]] = {}  # validation loss and seconds
+        self.rules_as_they_are = {arm: Rule.from_pretrained(folder) for arm, folder in self.rule_folders.items()}
         names = ("subspace", "dim", "lora_rank", "trajectory_steps", "snapshots", "trajectory_learning_rates")
         weights = [float(p.detach().double().sum()) for p in self.start.parameters()]
         self.key = stamp(
@@ -224,17 +225,17 @@ class Pipeline:
             "command": " ".join(["python", *portable(sys.argv)]),
             "recipe": portable(dataclasses.asdict(recipe)),
             "data": self.data,
-            "meta": {**dataclasses.asdict(meta_args), "output_dir": None},
-            "log": trainer.log_history,
+            "tasks": [self.name],
+            "settings": {**dataclasses.asdict(meta_args), "output_dir": None},
+            "validation": [entry for entry in trainer.log_history if "score" in entry],
             "environment": environment(Path(__file__).parent),
         }
         if PartialState().is_main_process:
             save_json(folder / "provenance.json", provenance)
-        trained = recipe.meta_epochs * recipe.inner_steps * meta_args.episodes_per_task
-        validations = sum("validation_loss" in entry for entry in trainer.log_history)
+        PartialState().wait_for_everyone()
         return {
             "rule": str(folder.relative_to(self.folder)),
-            "steps": trained + validations * recipe.inner_steps,
+            "steps": meta_training_steps(folder),
             "validation": [[e["meta_epoch"], e["validation_loss"]] for e in trainer.log_history if "best" in e],
         }
 
@@ -277,7 +278,7 @@ class Pipeline:
         """The rule of an arm; `rule` is that of the meta stage."""
         if arm.optim != "sl2o":
             return None
-        return SymbolicRule() if name == "symbolic" else self.extra_rules.get(name, rule)
+        return SymbolicRule() if name == "symbolic" else self.rules_as_they_are.get(name, rule)
 
     def average_of(self, rule: Rule | None) -> float:
         """eta of the running average that a run in the subspace is evaluated at, 0: none."""
@@ -329,6 +330,11 @@ class Pipeline:
             for path in chosen.glob("checkpoint-*"):
                 shutil.copytree(path, self.folder / name / path.name)
 
+    def used_rules(self, runs: Mapping[str, Any]) -> dict[str, Path]:
+        """Folders of the rules that were not meta-trained here, by arm."""
+        given = {} if self.recipe.rule is None else {"sl2o": Path(self.recipe.rule)}
+        return {arm: folder for arm, folder in {**given, **self.rule_folders}.items() if arm in runs}
+
     def compare(self, runs: dict[str, Any], stages: dict[str, Any]) -> dict[str, Any]:
         recipe = self.recipe
         comparison = {
@@ -339,7 +345,7 @@ class Pipeline:
             "runs": runs,
             "steps_to": to_losses(runs, self.targets(runs)),
             "steps_to_accuracy": to_accuracies(runs, self.accuracy_targets(runs)),
-            "amortised": amortised(stages, recipe.trajectory_steps, len(self.recorded)),
+            "amortised": amortised(stages, recipe.trajectory_steps, len(self.recorded), self.used_rules(runs)),
             "meta_validation": stages.get("meta", {}).get("validation"),
             "explained_variance": stages.get("extract", {}).get("explained_variance"),
             "environment": environment(Path(__file__).parent),
@@ -396,7 +402,8 @@ class Pipeline:
         cost, n = comparison["amortised"], comparison["n"]
         print(
             f"\n{n:,} parameters, d = {basis.dim}. Paid once, in training steps: trajectory {cost['trajectory']}, "
-            f"meta-training {cost['meta_training']}; extraction {cost['seconds'].get('extract', 0):.1f} s.\n"
+            f"meta-training {cost['meta_training']}; extraction {cost['seconds'].get('extract', 0):.1f} s. "
+            f"{paid_for_rules(cost)}\n"
             f"Written: {self.folder / 'comparison.json'}, comparison.png, and checkpoints of each arm."
         )
         return comparison

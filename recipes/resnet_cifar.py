@@ -116,7 +116,7 @@ class Recipe(CifarPipeline):
         paper = recipe.baselines == "paper"
         arms = PAPER if paper else TUNED
         self.recorded_arm, self.recorded_share = ("sgd", 0.6) if paper else ("momentum", 1.0)
-        self.arms = {**arms, **{name: arms["sl2o"] for name in self.extra_rules}}
+        self.arms = {**arms, **{name: arms["sl2o"] for name in self.rule_folders}}
         size, rows = args.per_device_train_batch_size, len(self.train_set)
         starts = range(0, min(10 * size, rows - size + 1), size)  # at most ten batches for BatchNorm, always the same
         still = [self.train_set.__getitems__(range(i, i + size)) for i in starts]

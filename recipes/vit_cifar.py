@@ -108,7 +108,7 @@ class Recipe(CifarPipeline):
         if self.lora:
             model = self.with_lora(recipe, model)
         self.start, self.name = model, Path(recipe.model).name
-        self.arms = {**ARMS, **{name: ARMS["sl2o"] for name in self.extra_rules}}
+        self.arms = {**ARMS, **{name: ARMS["sl2o"] for name in self.rule_folders}}
         names = ("model", "num_classes", "lora_alpha", "train_head", "base_steps")
         self.begin(recipe, args, [getattr(recipe, name) for name in names], self.data)
 

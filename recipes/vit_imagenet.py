@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 from arms import Arm, PipelineArguments, grid
-from cifar_pipeline import TRAINER_DEFAULTS, Epoch, accuracy, load_rules, rule_arm
+from cifar_pipeline import TRAINER_DEFAULTS, Epoch, accuracy, rule_arm
 from PIL import Image
 from pipeline import Pipeline, run_recipe
 from torch import nn
@@ -187,8 +187,8 @@ class Recipe(Pipeline):
                 attention_probs_dropout_prob=0.0, num_labels=classes,
             )
         )  # fmt: skip
-        self.extra_rules = load_rules(recipe.rules)
-        self.arms = {**ARMS, **{name: ARMS["sl2o"] for name in self.extra_rules}}
+        self.rule_folders = dict(map(rule_arm, recipe.rules))
+        self.arms = {**ARMS, **{name: ARMS["sl2o"] for name in self.rule_folders}}
         self.begin(recipe, args, recipe.model, recipe.image_size, self.data)
 
     def transformed(self, stream: Any) -> Any:

@@ -2,8 +2,9 @@
 
 import pytest
 
+from hf_sl2o.files import save_json
 from recipes.arms import portable
-from recipes.levels import amortised, fastest, to_accuracies, to_losses
+from recipes.levels import amortised, fastest, meta_training_steps, paid_for_rules, to_accuracies, to_losses
 
 RUNS = {
     "one": {
@@ -45,6 +46,29 @@ def test_what_was_paid_is_in_training_steps(stages, total):
     assert cost["total"] == total == cost["trajectory"] + cost["meta_training"]
     assert cost["other_recorded_runs"] == 3000 and set(cost["seconds"]) == set(stages)
     assert amortised(stages, 1000, 0)["other_recorded_runs"] == 0
+
+
+def test_what_a_rule_cost_is_counted_from_how_it_was_made(tmp_path):
+    assert meta_training_steps(tmp_path) is None  # nothing is known
+    first = {
+        "tasks": ["a", "b"],
+        "settings": {"inner_steps": 20, "unroll_length": 10, "meta_epochs": 3, "curriculum": [10, 30, 20]},
+        "validation": [{}] * 4,
+    }
+    save_json(tmp_path / "provenance.json", first)
+    alone = 2 * (10 + 30 + 20) + 2 * 4 * 20
+    assert meta_training_steps(tmp_path) == alone
+    second = {
+        "tasks": ["a"],
+        "settings": {"inner_steps": 50, "unroll_length": 50, "meta_epochs": 2, "episodes_per_task": 3},
+        "validation": [{}] * 2,
+    }
+    save_json(tmp_path / "provenance.json", {"stages": [first, second]})
+    assert meta_training_steps(tmp_path) == alone + 3 * 2 * 50 + 2 * 50
+    cost = amortised({}, 1000, 0, {"sl2o_mine": tmp_path, "sl2o_theirs": tmp_path / "nowhere"})
+    assert cost["total"] == 0  # paid once for every task
+    assert paid_for_rules(cost).endswith(f"sl2o_mine {alone + 400}, sl2o_theirs unknown.")
+    assert paid_for_rules(amortised({}, 1000, 0)) == ""
 
 
 def test_paths_lose_their_folders_and_nothing_else_changes():

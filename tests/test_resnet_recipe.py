@@ -63,6 +63,9 @@ def test_a_tuned_run_records_momentum_and_takes_named_rules(finished, tmp_path):
     result = resnet_cifar.main([*SMALL, *flags, "--output_dir", str(tmp_path), "--arms", *arms])
     runs = result["runs"]
     assert set(runs) == set(arms) and result["amortised"]["meta_training"] == 0 < paper["amortised"]["meta_training"]
+    spent = result["amortised"]["rules"]
+    assert spent["sl2o"] == spent["sl2o_mine"] == paper["amortised"]["meta_training"] < spent["sl2o_default"]
+    assert set(paper["amortised"]["rules"]) == {"sl2o_default"}
     assert runs["sl2o_mine"]["eval"] == runs["sl2o"]["eval"] != runs["sl2o_default"]["eval"]
     (recorded,) = (tmp_path / "momentum" / "runs").glob("*/trajectory")
     assert max(Trajectory(recorded).steps) == 20
