@@ -154,7 +154,7 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
     on = "" if device.startswith("cpu") else f" on an {device}, which several runs shared"
     return (
         table(result)
-        + f"\n\nn = {result['n']:,}, {len(runs['sl2o']['seeds'])} seeds, batches of "
+        + f"\n\nn = {result['n']:,}, {len(next(iter(runs.values()))['seeds'])} seeds, batches of "
         + f"{result['training']['per_device_train_batch_size']}, {result['training']['max_steps']} steps"
         + (f" in the subspace, {recipe['trajectory_steps']} in the full space" if extraction else "")
         + f". Levels on {result['data']['validation']['rows']} validation rows: {'; '.join(levels)}. "
@@ -166,7 +166,11 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
             else ""
         )
         + f"Test accuracy by seed, {result['data']['test']['rows']} rows, %: {per_seed}. "
-        + f"Paid once, in training steps: {trajectory}meta-training {cost['meta_training']}{extraction}. "
+        + (
+            f"Paid once, in training steps: {trajectory}meta-training {cost['meta_training']}{extraction}. "
+            if cost["total"]
+            else ""
+        )
         + (paid_for_rules(cost) + " " if cost.get("rules") else "")
         + f"Made at commit {result['environment']['commit'][:7]}{on}."
     )

@@ -81,6 +81,14 @@ def stamp(*settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def digest(model: nn.Module) -> str:
+    """Of the bytes of the parameters, so that it is the same on any number of threads."""
+    found = hashlib.sha256()
+    for p in model.parameters():
+        found.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
+
+
 def training_settings(args: SL2OTrainingArguments) -> dict[str, Any]:
     """The flags of the Trainer that change what a run computes."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps", "seed", "bf16")

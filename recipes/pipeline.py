@@ -21,6 +21,7 @@ from accelerate import PartialState
 from arms import (
     Arm,
     PipelineArguments,
+    digest,
     leave_processes,
     portable,
     stage,
@@ -120,12 +121,11 @@ class Pipeline:
         self.recorded: dict[Path, tuple[float, float]] = {}  # validation loss and seconds
         self.rules_as_they_are = {arm: Rule.from_pretrained(folder) for arm, folder in self.rule_folders.items()}
         names = ("subspace", "dim", "lora_rank", "trajectory_steps", "snapshots", "trajectory_learning_rates")
-        weights = [float(p.detach().double().sum()) for p in self.start.parameters()]
         self.key = stamp(
             [getattr(recipe, name) for name in names],
             identity,
             {**training_settings(args), "max_steps": None},
-            weights,
+            digest(self.start),
         )
 
     def build_model(self) -> nn.Module:

@@ -1,9 +1,12 @@
 """recipes/levels.py by hand: steps to losses and to accuracies, the fastest rate of a grid, what was paid before."""
 
+import copy
+
 import pytest
+import torch
 
 from hf_sl2o.files import save_json
-from recipes.arms import portable
+from recipes.arms import digest, portable
 from recipes.levels import amortised, fastest, meta_training_steps, paid_for_rules, to_accuracies, to_losses
 
 RUNS = {
@@ -69,6 +72,21 @@ def test_what_a_rule_cost_is_counted_from_how_it_was_made(tmp_path):
     assert cost["total"] == 0  # paid once for every task
     assert paid_for_rules(cost).endswith(f"sl2o_mine {alone + 400}, sl2o_theirs unknown.")
     assert paid_for_rules(amortised({}, 1000, 0)) == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_runs_are_kept_for_the_bytes_of_the_weights(dtype):
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.PReLU()).to(dtype)  # the last has one number
+    found = digest(network)
+    assert digest(copy.deepcopy(network)) == found
+    weight = network[0].weight.data
+    weight[0] = weight[0].flip(0)  # every sum stays what it was
+    assert digest(network) != found
+    weight[0] = weight[0].flip(0)
+    assert digest(network) == found
+    network[0].weight.data = weight.t().contiguous().t()  # other strides
+    assert not network[0].weight.is_contiguous() and digest(network) == found
 
 
 def test_paths_lose_their_folders_and_nothing_else_changes():
