@@ -120,7 +120,7 @@ class Pipeline:
         self.recipe, self.args, self.folder = recipe, args, Path(args.output_dir or "outputs")
         self.recorded: dict[Path, tuple[float, float]] = {}  # validation loss and seconds
         self.rules_as_they_are = {arm: Rule.from_pretrained(folder) for arm, folder in self.rule_folders.items()}
-        names = ("subspace", "dim", "lora_rank", "trajectory_steps", "snapshots", "trajectory_learning_rates")
+        names = ("subspace", "dim", "lora_rank", "trajectory_steps", "snapshots")
         self.key = stamp(
             [getattr(recipe, name) for name in names],
             identity,
@@ -163,6 +163,10 @@ class Pipeline:
             Trajectory(folder / "trajectory").forget_after(int(self.recorded_share * self.recipe.trajectory_steps))
         PartialState().wait_for_everyone()
         return folder / "trajectory", self.recorded[folder][1]
+
+    def compared(self) -> list[Any]:
+        """For keys: among which recorded runs the best is looked for; the snapshots of the others are removed."""
+        return [self.recipe.seeds, self.recipe.trajectory_learning_rates]
 
     def keep_best_trajectory(self, folder: Path, run: dict[str, Any]) -> None:
         """Removes the snapshots of recorded runs that have been beaten: at real size they are most of the disk."""
@@ -253,12 +257,12 @@ class Pipeline:
         folder = self.folder / name / "runs" / f"{units}-{lr:g}-seed-{seed}"
         if basis is None:  # the full space
             args = self.full_space(name, folder, lr, seed)
+            identity = self.key, training_settings(args), name, choice, seed, arm.decay_at
             if name != self.recorded_arm or not self.recipe.subspace.startswith("pca"):
-                return self.run(folder, args, stamp(self.key, name, choice, seed, str(arm.decay_at)), arm)
+                return self.run(folder, args, stamp(identity), arm)
             every = max(1, int(self.recorded_share * self.recipe.trajectory_steps) // self.recipe.snapshots)
             recorder = TrajectoryCallback(folder / "trajectory", every_steps=every, overwrite=True)
-            # `seeds` is in the key because the runs that are compared decide whose snapshots are kept
-            key = stamp(self.key, name, choice, seed, self.recipe.seeds)
+            key = stamp(identity, self.compared())
             result = self.run(folder, args, key, arm, callbacks=[recorder])
             self.keep_best_trajectory(folder, result)
             return result
@@ -365,7 +369,7 @@ class Pipeline:
             print("[sample]", flush=True)
             trajectory, seconds = self.sample()
             stages["sample"] = {"seconds": seconds}
-            key = stamp(self.key, trajectory.relative_to(self.folder), recipe.seeds)
+            key = stamp(self.key, trajectory.relative_to(self.folder), self.compared())
             stages["extract"] = stage(self.folder, "extract", key, lambda: self.extract(trajectory))
         return self.load_basis()
 

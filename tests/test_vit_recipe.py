@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from hf_sl2o import Basis, IdentityBasis, Rule
+from hf_sl2o.registry import SHIPPED_RULES
 from recipes import vit_cifar
 
 SMALL = """--train_rows 128 --validation_rows 32 --eval_rows 32 --trajectory_steps 12 --snapshots 8 --dim 3
@@ -54,6 +55,21 @@ def test_all_stages(tmp_path, subspace):
     assert (config.log_sign, config.output_scale) == ((10.0, 0.01) if subspace == "lora" else (None, 1.0))
     saved = {path.name for path in (tmp_path / "sl2o" / "checkpoint-4").iterdir()}
     assert ("adapter_model.safetensors" in saved) == ("lora" in subspace) and "coefficients.safetensors" in saved
+
+
+def test_a_wider_grid_runs_only_what_is_new(tmp_path):
+    flags = ["--subspace", "lora", "--arms", "adamw", "adamw_2e-4", "--rule", str(SHIPPED_RULES / "default-lora")]
+    narrow = recipe(tmp_path, *flags)
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("run.json")}
+    wide = recipe(tmp_path, *flags, "--trajectory_learning_rates", "0.003", "0.01")
+    assert {path: path.stat().st_mtime_ns for path in made} == made and len(made) == 2
+    assert len(list(tmp_path.rglob("run.json"))) == 3
+    assert wide["runs"]["adamw"]["grid"][0] == narrow["runs"]["adamw"]["grid"][0]
+    assert [lr for _, lr, _ in wide["runs"]["adamw"]["grid"]] == [0.003, 0.01]
+    assert wide["amortised"]["rules"] == {} and wide["amortised"]["total"] == 0  # no arm used one
+    longer = recipe(tmp_path, *flags, "--max_steps", "6")
+    assert [run["eval"][-1][0] for run in longer["runs"].values()] == [6, 6]
+    assert all(path.stat().st_mtime_ns != before for path, before in made.items())
 
 
 @pytest.mark.parametrize(
