@@ -284,6 +284,9 @@ class Pipeline:
             return None
         return SymbolicRule() if name == "symbolic" else self.rules_as_they_are.get(name, rule)
 
+    def uses_own_rule(self, name: str) -> bool:
+        return self.arms[name].optim == "sl2o" and name != "symbolic" and name not in self.rule_folders
+
     def average_of(self, rule: Rule | None) -> float:
         """eta of the running average that a run in the subspace is evaluated at, 0: none."""
         own = 0.0 if rule is None else rule.config.average
@@ -300,7 +303,7 @@ class Pipeline:
         full = [("full", lr) for lr in recipe.trajectory_learning_rates]
         return search(run, grid or full, grow=bool(grid) and not recipe.quick_grid)
 
-    def train(self, basis: Basis, rule: Rule) -> dict[str, Any]:
+    def train(self, basis: Basis, rule: Rule | None) -> dict[str, Any]:
         """Tunes every arm on validation, and runs its two best choices with every seed."""
         recipe, runs = self.recipe, {}
         redundant = {"lora": {"subspace_adamw"}, "random": {"random"}}.get(recipe.subspace, set())
@@ -373,9 +376,11 @@ class Pipeline:
             stages["extract"] = stage(self.folder, "extract", key, lambda: self.extract(trajectory))
         return self.load_basis()
 
-    def make_rule(self, basis: Basis, stages: dict[str, Any]) -> Rule:
-        """Meta-trains, unless the user gave a rule; notes in `stages` what it cost."""
+    def make_rule(self, basis: Basis, stages: dict[str, Any]) -> Rule | None:
+        """Meta-trains, unless the user gave a rule or no arm needs one; notes in `stages` what it cost."""
         recipe = self.recipe
+        if not (recipe.save_rule or any(self.uses_own_rule(name) for name in recipe.arms or self.arms)):
+            return None
         if recipe.rule is not None:
             return Rule.from_pretrained(recipe.rule)
         config = self.rule_config()

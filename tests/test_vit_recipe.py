@@ -14,6 +14,7 @@ from transformers import (
 from hf_sl2o import Basis, IdentityBasis, Rule
 from hf_sl2o.registry import SHIPPED_RULES
 from recipes import vit_cifar
+from recipes.levels import meta_training_steps
 
 SMALL = """--train_rows 128 --validation_rows 32 --eval_rows 32 --trajectory_steps 12 --snapshots 8 --dim 3
 --meta_epochs 1 --inner_steps 10 --max_steps 4 --eval_steps 2 --logging_steps 2 --save_steps 2 --quick_grid
@@ -58,7 +59,7 @@ def test_all_stages(tmp_path, subspace):
 
 
 def test_a_wider_grid_runs_only_what_is_new(tmp_path):
-    flags = ["--subspace", "lora", "--arms", "adamw", "adamw_2e-4", "--rule", str(SHIPPED_RULES / "default-lora")]
+    flags = ["--subspace", "lora", "--arms", "adamw", "sl2o_default-lora"]
     narrow = recipe(tmp_path, *flags)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("run.json")}
     wide = recipe(tmp_path, *flags, "--trajectory_learning_rates", "0.003", "0.01")
@@ -66,7 +67,8 @@ def test_a_wider_grid_runs_only_what_is_new(tmp_path):
     assert len(list(tmp_path.rglob("run.json"))) == 3
     assert wide["runs"]["adamw"]["grid"][0] == narrow["runs"]["adamw"]["grid"][0]
     assert [lr for _, lr, _ in wide["runs"]["adamw"]["grid"]] == [0.003, 0.01]
-    assert wide["amortised"]["rules"] == {} and wide["amortised"]["total"] == 0  # no arm used one
+    assert not (tmp_path / "rule").exists() and wide["amortised"]["total"] == 0  # no arm needs a rule of this task
+    assert wide["amortised"]["rules"] == {"sl2o_default-lora": meta_training_steps(SHIPPED_RULES / "default-lora")}
     longer = recipe(tmp_path, *flags, "--max_steps", "6")
     assert [run["eval"][-1][0] for run in longer["runs"].values()] == [6, 6]
     assert all(path.stat().st_mtime_ns != before for path, before in made.items())
