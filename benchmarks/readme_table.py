@@ -22,6 +22,7 @@ BLOCKS = {
     "resnet8": ROOT / "recipes" / "results" / "resnet8_cifar.json",
     "resnet20": ROOT / "recipes" / "results" / "resnet20_cifar.json",
     "vit-lora": ROOT / "recipes" / "results" / "vit_small_lora_cifar.json",
+    "deit-tiny-500": ROOT / "recipes" / "results" / "deit_tiny_500_lora_cifar.json",
     "deit-tiny": ROOT / "recipes" / "results" / "deit_tiny_lora_cifar.json",
     "gpu": ROOT / "benchmarks" / "results" / "gpu.json",
 }
@@ -180,6 +181,7 @@ MAKE = {
     "resnet8": vision,
     "resnet20": vision,
     "vit-lora": vision,
+    "deit-tiny-500": vision,
     "deit-tiny": vision,
     "gpu": gpu,
     "e2e": e2e,
