@@ -166,14 +166,14 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
             if edge
             else ""
         )
-        + f"Test accuracy by seed, {result['data']['test']['rows']} rows, %: {per_seed}. "
+        + f"Test accuracy by seed, {result['data']['test']['rows']} rows, %: {per_seed}."
         + (
-            f"Paid once, in training steps: {trajectory}meta-training {cost['meta_training']}{extraction}. "
+            f" Paid once, in training steps: {trajectory}meta-training {cost['meta_training']}{extraction}."
             if cost["total"]
             else ""
         )
-        + (paid_for_rules(cost) + " " if cost.get("rules") else "")
-        + f"Made at commit {result['environment']['commit'][:7]}{on}."
+        + paid_for_rules(cost)
+        + f" Made at commit {result['environment']['commit'][:7]}{on}."
     )
 
 

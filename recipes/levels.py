@@ -69,9 +69,9 @@ def meta_training_steps(folder: Path) -> int | None:
 
 
 def paid_for_rules(cost: Mapping[str, Any]) -> str:
-    """A sentence for below the table."""
+    """A sentence that goes on below the table; empty if there are none."""
     known = [f"{arm} {'unknown' if steps is None else f'{steps:,}'}" for arm, steps in cost["rules"].items()]
-    return f"Meta-training of rules used unchanged, once for every task: {', '.join(known)}." if known else ""
+    return f" Meta-training of rules used unchanged, once for every task: {', '.join(known)}." if known else ""
 
 
 def amortised(

@@ -411,7 +411,7 @@ class Pipeline:
         cost, n = comparison["amortised"], comparison["n"]
         print(
             f"\n{n:,} parameters, d = {basis.dim}. Paid once, in training steps: trajectory {cost['trajectory']}, "
-            f"meta-training {cost['meta_training']}; extraction {cost['seconds'].get('extract', 0):.1f} s. "
+            f"meta-training {cost['meta_training']}; extraction {cost['seconds'].get('extract', 0):.1f} s."
             f"{paid_for_rules(cost)}\n"
             f"Written: {self.folder / 'comparison.json'}, comparison.png, and checkpoints of each arm."
         )
