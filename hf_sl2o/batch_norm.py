@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
         How many BatchNorm modules have running statistics.
 
     Raises:
-        `ValueError`: `batches` is empty and there is something to set.
+        `ValueError`: `batches` is empty and there is something to set; the statistics are as they were.
 
     Example:
 
@@ -47,27 +48,27 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
         return 0
     modes = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
-    device, seen = next(model.parameters()).device, 0
+    device, batches = next(model.parameters()).device, iter(batches)
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("there are no batches to recalibrate BatchNorm with; give at least one of the training data")
     model.eval()
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain average
         norm.train()
     try:
-        for batch in batches:
+        for batch in itertools.chain([first], batches):
             batch = send_to_device(batch, device)
             if isinstance(batch, Mapping):
                 model(**batch)
             else:
                 model(batch[0] if isinstance(batch, tuple | list) else batch)
-            seen += 1
     finally:
         for norm, momentum in momenta.items():
             norm.momentum = momentum
         for module, training in modes.items():
             module.training = training
-    if not seen:
-        raise ValueError("there are no batches to recalibrate BatchNorm with; give at least one of the training data")
     return len(norms)
 
 
@@ -94,7 +95,6 @@ class BatchNormCallback(TrainerCallback):
         if not len(batches):
             raise ValueError("there are no batches to recalibrate BatchNorm with; give at least one")
         self.batches = batches
-        self._checked = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -116,14 +116,7 @@ class BatchNormCallback(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not self._checked:
-            check_batch_norm(kwargs["model"])
-            self._checked = True  # until the evaluation is over
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._checked = False
+        check_batch_norm(kwargs["model"])
 
 
 def check_batch_norm(model: nn.Module) -> None:

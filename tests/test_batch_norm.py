@@ -78,8 +78,10 @@ def test_modes_momenta_weights_and_random_numbers_stay():
     assert model.training and not model.body[1].training and model.norm.training and model.norm.momentum == 0.3
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     assert recalibrate_batch_norm(nn.Linear(2, 2), []) == 0
+    statistics = model.norm.running_mean.clone()
     with pytest.raises(ValueError, match="no batches to recalibrate"):
         recalibrate_batch_norm(model, [])
+    assert torch.equal(model.norm.running_mean, statistics) and statistics.abs().sum() > 0
 
 
 class Rows(torch.utils.data.Dataset):
@@ -153,7 +155,8 @@ def test_batch_statistics_in_evaluation_are_refused(tmp_path):
     model = Stuck()
     args = SL2OTrainingArguments(str(tmp_path), optim="adamw_torch", report_to="none", use_cpu=True, disable_tqdm=True)
     trainer = SL2OTrainer(model, args, eval_dataset=Rows(1), callbacks=[BatchNormCallback([{"x": Rows(0).x}])])
-    with pytest.raises(ValueError, match="norm is a BatchNorm that uses the statistics of the batch"):
-        trainer.evaluate()
+    for judge in (trainer.evaluate, lambda: trainer.predict(Rows(1)), trainer.evaluate):
+        with pytest.raises(ValueError, match="norm is a BatchNorm that uses the statistics of the batch"):
+            judge()
     with pytest.raises(ValueError, match="no batches"):
         BatchNormCallback([])
