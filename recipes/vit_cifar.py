@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from accelerate import PartialState
 from arms import Arm, grid, stamp
 from cifar_data import batches, load_cifar, normalize
 from cifar_pipeline import TRAINER_DEFAULTS, CifarArguments, CifarPipeline
@@ -29,6 +30,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     DeiTConfig,
@@ -106,6 +108,7 @@ class Recipe(CifarPipeline):
         if new is not None:
             self.train_base(recipe, args.device, model, list(range(first_new)))
         if self.lora:
+            torch.manual_seed(args.seed)  # whoever trained the base has drawn more
             model = self.with_lora(recipe, model)
         self.start, self.name = model, Path(recipe.model).name
         self.arms = {**ARMS, **{name: ARMS["sl2o"] for name in self.rule_folders}}
@@ -125,8 +128,17 @@ class Recipe(CifarPipeline):
         return DeiTForImageClassificationWithTeacher(config)
 
     def from_hub(self, recipe: RecipeArguments) -> Any:
+        name = HUB.get(recipe.model, recipe.model)
+        config = AutoConfig.from_pretrained(name)
+        if config.num_labels != recipe.num_classes and PartialState().is_main_process:
+            frozen = self.lora and not self.trains_head(recipe, config)
+            print(
+                f"the head of {recipe.model} has {config.num_labels} classes, the data {recipe.num_classes}: it is "
+                f"drawn anew{' and stays as drawn (--train_head true trains it)' if frozen else ''}",
+                flush=True,
+            )
         return AutoModelForImageClassification.from_pretrained(
-            HUB.get(recipe.model, recipe.model), num_labels=recipe.num_classes, ignore_mismatched_sizes=True
+            name, num_labels=recipe.num_classes, ignore_mismatched_sizes=True
         )
 
     def preparation(self, recipe: RecipeArguments, model: Any) -> Any:
@@ -146,8 +158,8 @@ class Recipe(CifarPipeline):
     def train_base(self, recipe: RecipeArguments, device: torch.device, model: Any, classes: list[int]) -> None:
         """Trains all weights on the classes that the adapters do not see, once."""
         key = stamp(recipe.model, recipe.data, recipe.num_classes, recipe.base_steps)
-        path = self.folder / f"base-{key}.safetensors"
-        if not path.is_file():
+        path, state = self.folder / f"base-{key}.safetensors", PartialState()
+        if state.is_main_process and not path.is_file():
             images, labels = load_cifar(recipe.data, "train", None, classes, num_classes=recipe.num_classes)
 
             def loss(network: nn.Module, batch: Any) -> torch.Tensor:
@@ -160,13 +172,18 @@ class Recipe(CifarPipeline):
             )  # fmt: skip
             train_full(problem, "base", model.to(device), "base", lambda step: None)
             save_tensors(path, {name: tensor.contiguous() for name, tensor in model.cpu().state_dict().items()})
+        state.wait_for_everyone()
         model.load_state_dict(load_file(path))
+
+    def is_deit(self, config: Any) -> bool:
+        return str(config.model_type) == "deit"
+
+    def trains_head(self, recipe: RecipeArguments, config: Any) -> bool:
+        return not self.is_deit(config) if recipe.train_head is None else recipe.train_head
 
     def with_lora(self, recipe: RecipeArguments, model: Any) -> Any:
         from peft import LoraConfig, get_peft_model
 
-        deit = model.config.model_type == "deit"
-        train_head = not deit if recipe.train_head is None else recipe.train_head
         heads = [
             name
             for name, _ in model.named_modules()
@@ -175,8 +192,10 @@ class Recipe(CifarPipeline):
         config = LoraConfig(
             r=recipe.lora_rank,
             lora_alpha=recipe.lora_alpha,
-            target_modules=r".*\.(query|value|q_proj|v_proj)" if deit else r".*\.(query|key|value|[qkv]_proj)",
-            modules_to_save=heads if train_head else None,
+            target_modules=r".*\.(query|value|q_proj|v_proj)"
+            if self.is_deit(model.config)
+            else r".*\.(query|key|value|[qkv]_proj)",
+            modules_to_save=heads if self.trains_head(recipe, model.config) else None,
         )
         return get_peft_model(model, config)
 
@@ -203,7 +222,10 @@ class Recipe(CifarPipeline):
 
 
 def classification_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    return F.cross_entropy(outputs.logits, labels)
+    """Mean over all images of a step: with `num_items_in_batch` a Trainer sums over accumulated and other batches."""
+    if num_items_in_batch is None:
+        return F.cross_entropy(outputs.logits, labels)
+    return F.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:

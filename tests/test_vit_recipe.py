@@ -1,5 +1,7 @@
 """recipes/vit_cifar.py at toy size: the three subspaces, the official settings, models from a folder, bad flags."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import (
@@ -58,6 +60,36 @@ def test_all_stages(tmp_path, subspace):
     assert ("adapter_model.safetensors" in saved) == ("lora" in subspace) and "coefficients.safetensors" in saved
 
 
+def test_accumulated_batches_are_one_batch(tmp_path):
+    """Also of the sums that a Trainer makes over what it accumulates and over processes."""
+    flags = ["--subspace", "lora", "--arms", "adamw", "--save_strategy", "no"]
+    whole = recipe(tmp_path, *flags)["runs"]["adamw"]
+    parts = recipe(
+        tmp_path, *flags, "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "4"
+    )["runs"]["adamw"]  # fmt: skip
+    for name in ("train_loss", "eval"):
+        assert [value for _, value in parts[name]] == pytest.approx([value for _, value in whole[name]], rel=1e-4)
+    outputs = SimpleNamespace(logits=torch.randn(8, 3))
+    labels, halves = torch.arange(8) % 3, (slice(0, 3), slice(3, 8))
+    mean = torch.nn.functional.cross_entropy(outputs.logits, labels)
+    torch.testing.assert_close(vit_cifar.classification_loss(outputs, labels), mean)
+    found = [
+        vit_cifar.classification_loss(SimpleNamespace(logits=outputs.logits[half]), labels[half], torch.tensor(8))
+        for half in halves
+    ]
+    torch.testing.assert_close(sum(found), mean)
+
+
+def test_a_recorded_run_that_diverges_is_one_that_no_other_is_behind(tmp_path):
+    flags = ["--subspace", "pca-full", "--arms", "adamw", "--trajectory_learning_rates"]
+    result = recipe(tmp_path, *flags, "0.003", "1e30")
+    assert result["runs"]["adamw"]["learning_rate"] == 0.003
+    assert [rate for _, rate, _ in result["runs"]["adamw"]["grid"]] == [0.003, 1e30]
+    assert Basis.from_pretrained(tmp_path / "basis").dim == 3
+    with pytest.raises(ValueError, match="every run of adamw diverged"):
+        recipe(tmp_path / "none", *flags, "1e30")
+
+
 def test_a_wider_grid_runs_only_what_is_new(tmp_path):
     flags = ["--subspace", "lora", "--arms", "adamw", "sl2o_default-lora"]
     narrow = recipe(tmp_path, *flags)
@@ -78,12 +110,14 @@ def test_a_wider_grid_runs_only_what_is_new(tmp_path):
     ("name", "factors", "head"), [("deit", {"q_proj", "v_proj", "query", "value"}, False),
                                   ("vit", {"q_proj", "k_proj", "v_proj", "query", "key", "value"}, True)],
 )  # fmt: skip
-def test_the_official_settings_on_a_checkpoint(tiny, tmp_path, monkeypatch, name, factors, head):
+def test_the_official_settings_on_a_checkpoint(tiny, tmp_path, monkeypatch, capsys, name, factors, head):
     parser_flags = [*SMALL, "--output_dir", str(tmp_path), "--model", str(tiny / name)]
     made = {}
     monkeypatch.setattr(vit_cifar.Recipe, "main", lambda self: made.update(recipe=self))
     vit_cifar.main(parser_flags)
     of = made["recipe"]
+    said = capsys.readouterr().out
+    assert "has 1000 classes, the data 10: it is drawn anew" in said and ("stays as drawn" in said) != head
     trained = [name for name, p in of.start.named_parameters() if p.requires_grad]
     lora = [name for name in trained if "lora_" in name]
     assert {name.split(".lora_")[0].rpartition(".")[2] for name in lora} <= factors
