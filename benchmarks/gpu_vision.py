@@ -12,6 +12,7 @@ what the recipe writes, and goes on where it was killed.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import subprocess
 import sys
@@ -86,12 +87,12 @@ def command_line(job: str, options: argparse.Namespace) -> list[str]:
 
 def arms_of(job: str, options: argparse.Namespace) -> tuple[str, ...]:
     """The job's arms, and one for each rule that `--set JOB rules=...` names."""
-    from cifar_pipeline import rule_arm
+    from cifar_pipeline import rule_arms
 
     flags = command_line(job, options)
     rules = flags[flags.index("--rules") + 1 :] if "--rules" in flags else []
     until = next((i for i, part in enumerate(rules) if part.startswith("--")), len(rules))
-    return tuple(dict.fromkeys((*JOBS[job].arms, *(rule_arm(entry)[0] for entry in rules[:until]))))
+    return tuple(dict.fromkeys((*JOBS[job].arms, *rule_arms(rules[:until]))))
 
 
 def parse(job: str, options: argparse.Namespace) -> tuple[Any, tuple[str, ...], Any]:
@@ -156,9 +157,11 @@ def gather(job: str, options: argparse.Namespace) -> None:
         def publish(self, name: str, best: tuple[str, float]) -> None:
             pass
 
-    tf32 = any("tf32=true" in group for group in options.set if group[0] == job)  # refused where there is no GPU
-    options.set = [[setting for setting in group if not setting.startswith("tf32=")] for group in options.set]
-    parsed, arms, args = parse(job, options)
+    # tf32 is refused where there is no GPU
+    tf32 = any(setting.lower() == "tf32=true" for group in options.set if group[0] == job for setting in group)
+    here = copy.copy(options)
+    here.set = [[setting for setting in group if not setting.startswith("tf32=")] for group in options.set]
+    parsed, arms, args = parse(job, here)
     parsed.arms = list(arms)
     recipe = Gathered(parsed, args)
     stages = {path.stem: load_json(path) for path in (recipe.folder / "stages").glob("*.json")}
@@ -170,14 +173,17 @@ def gather(job: str, options: argparse.Namespace) -> None:
         basis = recipe.load_basis()
     runs = recipe.train(basis, LSTMRule(recipe.rule_config()))
     comparison = recipe.compare(runs, stages)
-    made = load_json(recipe.folder / stages["meta"]["rule"] / "provenance.json")
-    comparison |= {"environment": made["environment"], "gathered": environment(ROOT)}
+    comparison |= {"environment": load_json(recipe.folder / "environment.json"), "gathered": environment(ROOT)}
     comparison["training"]["tf32"] = tf32
     save_json(recipe.folder / "comparison.json", comparison)
 
 
 def run(job: str, recipe: Any, arms: tuple[str, ...], options: argparse.Namespace, slots: threading.Semaphore) -> None:
+    from hf_sl2o.comparison import environment
+    from hf_sl2o.files import save_json
+
     plan, start = JOBS[job], time.perf_counter()
+    save_json(options.output_dir / job / "environment.json", environment(ROOT))  # for --gather on another machine
 
     def process(*what: Any) -> None:
         name = "-".join(map(str, (job, *what)))[:80]

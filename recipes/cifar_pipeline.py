@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,7 @@ class CifarArguments(PipelineArguments):
     eval_rows: int = field(default=10_000, metadata={"help": "Rows of the test split."})
 
     def arm_names(self) -> set[str]:
-        return {*super().arm_names(), *(rule_arm(entry)[0] for entry in self.rules)}
+        return {*super().arm_names(), *rule_arms(self.rules)}
 
 
 class Epoch(TrainerCallback):
@@ -72,11 +73,16 @@ def accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
 
 
-def rule_arm(entry: str) -> tuple[str, Path]:
-    """Splits "default" or "NAME=PATH" into the name of an arm and the folder of its rule."""
-    name, _, path = entry.rpartition("=")
-    source = Path(path) if name or Path(path).exists() else SHIPPED_RULES / path
-    return f"sl2o_{name or Path(path).name}", source
+def rule_arms(entries: Sequence[str]) -> dict[str, Path]:
+    """Maps names of arms to folders of rules; an entry is a shipped rule's name, PATH, or NAME=PATH."""
+    found: dict[str, Path] = {}
+    for entry in entries:
+        name, _, path = ("", "", entry) if Path(entry).exists() else entry.rpartition("=")
+        arm = f"sl2o_{name or Path(path).name}"
+        if arm in found:
+            raise ValueError(f"--rules gives two rules the arm {arm!r}; name one of them by NAME=PATH")
+        found[arm] = Path(path) if name or Path(path).exists() else SHIPPED_RULES / path
+    return found
 
 
 class CifarPipeline(Pipeline):
@@ -111,7 +117,7 @@ class CifarPipeline(Pipeline):
             "validation": {"rows": recipe.validation_rows},
             "test": {"rows": len(self.test_set)},
         }
-        self.rule_folders = dict(map(rule_arm, recipe.rules))
+        self.rule_folders = rule_arms(recipe.rules)
 
     def trainer_objects(self) -> dict[str, Any]:
         return {
@@ -156,8 +162,9 @@ class CifarPipeline(Pipeline):
         return [(batch["pixel_values"], batch["labels"]) for batch in batches]
 
     def targets(self, runs: Mapping[str, Any]) -> dict[str, float]:
-        best = [run["final_eval_loss"] for name, run in runs.items() if name.startswith("subspace_")]
-        return {"best_in_subspace": 1.01 * min(best)} if best else {}
+        losses = [run["final_eval_loss"] for name, run in runs.items() if name.startswith("subspace_")]
+        finite = [loss for loss in losses if math.isfinite(loss)]  # an arm may have diverged
+        return {"best_in_subspace": 1.01 * min(finite)} if finite else {}
 
     def accuracy_targets(self, runs: Mapping[str, Any]) -> dict[str, float]:
         if self.peak_of not in runs:

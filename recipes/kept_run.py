@@ -51,12 +51,10 @@ class RecipeTrainer(SL2OTrainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if not self.arm.decay_at:
-            return super().create_scheduler(num_training_steps, optimizer)
-        if self.lr_scheduler is None:
+        if self.arm.decay_at and self.lr_scheduler is None:
             milestones = [round(share * num_training_steps) for share in self.arm.decay_at]
             self.lr_scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer or self.optimizer, milestones)
-        return self.lr_scheduler
+        return super().create_scheduler(num_training_steps, optimizer)  # keeps a scheduler that is there
 
 
 def kept_run(

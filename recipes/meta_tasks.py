@@ -8,14 +8,13 @@ coordinate. Both keep what they made in a folder.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from arms import stamp
 from problems import PROBLEMS, Problem
 from safetensors.torch import load_file
 from torch import nn
@@ -41,10 +40,6 @@ def train_full(problem: Problem, part: str, model: nn.Module, name: str, each: C
         each(step)
 
 
-def stamp(*settings: Any) -> str:
-    return hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()[:12]
-
-
 def first_rows(batch: Any, rows: int) -> Any:
     """Cuts every tensor of a batch."""
     if torch.is_tensor(batch):
@@ -66,7 +61,7 @@ def subspace_task(name: str, data: str, folder: Path, dim: int = 40) -> Task:
     """
     task_name, (name, _, rows) = name, name.partition("@")
     problem = PROBLEMS[name](data)
-    where = folder / f"{name}-{stamp(problem.learning_rate, problem.steps, dim, data == 'embedded')}"
+    where = folder / f"{name}-{stamp(problem.learning_rate, problem.steps, dim, data)}"
     if not (where / "done.json").is_file():
         trajectory = Trajectory(where / "trajectory")
         trajectory.clear()
@@ -98,14 +93,14 @@ def full_space_loss(name: str, data: str, folder: Path, dim: int = 40) -> float:
     """Held-out loss at the end of the run that was recorded for `subspace_task`."""
     name = name.partition("@")[0]
     problem = PROBLEMS[name](data)
-    where = folder / f"{name}-{stamp(problem.learning_rate, problem.steps, dim, data == 'embedded')}"
+    where = folder / f"{name}-{stamp(problem.learning_rate, problem.steps, dim, data)}"
     return float(load_json(where / "done.json")["full_space_loss"])
 
 
 def pretrained_base(name: str, data: str, folder: Path) -> tuple[Problem, Path]:
     """Trains the base of a problem on its "base" part, once; returns the problem and the file of weights."""
     problem = PROBLEMS[name](data)
-    where = folder / f"{name}-base-{stamp(problem.learning_rate, problem.steps, data == 'embedded')}.safetensors"
+    where = folder / f"{name}-base-{stamp(problem.learning_rate, problem.steps, data)}.safetensors"
     if not where.is_file():
         model = problem.build_model()
         train_full(problem, "base", model, f"{name} base", lambda step: None)
@@ -208,5 +203,4 @@ def arms_of(what: str, rule: Rule, steps: int, layout: Layout) -> dict[str, Arm]
             "random_adamw": Arm(adamw, (0.1, 0.3, 1.0), "orthonormal", basis=random),
             "full_adamw": Arm(adamw, (1e-3, 3e-3, 1e-2), basis=IdentityBasis(layout)),
         }
-    averages = ("sl2o_last", "subspace_adamw_average", "subspace_momentum_average", "adamw_average")
-    return {name: arm for name, arm in arms.items() if eta or name not in averages}
+    return {name: arm for name, arm in arms.items() if eta or not name.endswith(("_last", "_average"))}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,20 +30,18 @@ from arms import (
     training_settings,
 )
 from kept_run import kept_run
-from levels import amortised, meta_training_steps, paid_for_rules, to_accuracies, to_losses
+from levels import amortised, paid_for_rules, to_accuracies, to_losses
+from meta_stage import copy_rule, meta_train
 from torch import nn
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainerState
 from transformers.training_args import OptimizerNames
 from transformers.utils.logging import disable_progress_bar
-from tuning import best_of, choices, final_loss, over_seeds, search, summary
+from tuning import choices, final_loss, over_seeds, search, summary
 
 from hf_sl2o import (
     Basis,
     IdentityBasis,
     Layout,
-    LSTMRule,
-    MetaTrainer,
-    MetaTrainingArguments,
     RandomBasis,
     Rule,
     RuleConfig,
@@ -56,6 +55,14 @@ from hf_sl2o import (
 )
 from hf_sl2o.comparison import environment, plot, table
 from hf_sl2o.files import save_json
+
+
+class Recorder(TrajectoryCallback):
+    """Records until a run diverges: it ends with a loss that no other run is behind, instead of an error."""
+
+    def _write(self, state: TrainerState, model: nn.Module) -> None:
+        if all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+            super()._write(state, model)
 
 
 class Pipeline:
@@ -119,6 +126,13 @@ class Pipeline:
         """Takes what the stages' keys hold: `identity` tells recipes, models and data apart."""
         self.recipe, self.args, self.folder = recipe, args, Path(args.output_dir or "outputs")
         self.recorded: dict[Path, tuple[float, float]] = {}  # validation loss and seconds
+        if recipe.subspace.startswith("pca"):
+            recorded = min(recipe.snapshots, int(self.recorded_share * recipe.trajectory_steps))
+            if not 1 <= recipe.dim <= recorded:
+                raise ValueError(
+                    f"--dim is {recipe.dim}, expected between 1 and the {recorded} snapshots that are recorded: "
+                    f"--snapshots {recipe.snapshots} in --trajectory_steps {recipe.trajectory_steps}"
+                )
         self.rules_as_they_are = {arm: Rule.from_pretrained(folder) for arm, folder in self.rule_folders.items()}
         names = ("subspace", "dim", "lora_rank", "trajectory_steps", "snapshots")
         self.key = stamp(
@@ -153,12 +167,13 @@ class Pipeline:
     def sample(self) -> tuple[Path, float]:
         """Tunes the recorded arm in the full space; its run with the lowest validation loss is the trajectory."""
         name, arm = self.recorded_arm, self.arms[self.recorded_arm]
-        tuned = self.tune(arm, self.runner(name, arm))
-        best = best_of(tuned)
-        for seed in range(1, self.recipe.seeds):
-            self.one(name, arm, best, seed)
-        print(f"  {name}, full space, lr {best[1]:g}: validation loss {tuned[best]['eval'][-1][1]:.4f}", flush=True)
+        run = self.runner(name, arm)
+        over_seeds(run, self.tune(arm, run), self.recipe.seeds)  # all runs of this arm: `train` adds none
         folder = min(self.recorded, key=lambda run: self.recorded[run][0])
+        loss = self.recorded[folder][0]
+        if not math.isfinite(loss):
+            raise ValueError(f"every run of {name} diverged, so there is none to record; give lower learning rates")
+        print(f"  {name}, full space, {folder.name}: validation loss {loss:.4f}", flush=True)
         if PartialState().is_main_process:
             Trajectory(folder / "trajectory").forget_after(int(self.recorded_share * self.recipe.trajectory_steps))
         PartialState().wait_for_everyone()
@@ -195,10 +210,10 @@ class Pipeline:
             return RandomBasis(layout, self.recipe.dim, seed=self.args.seed).to_dense()
         return Basis.from_pretrained(self.folder / "basis")
 
-    def task(self, basis: Basis) -> Task:
-        """The recipe's problem for meta-training, and for what runs outside the Trainer."""
+    def task(self, basis: Basis, processes: int = 1) -> Task:
+        """The recipe's problem for meta-training, and with the batches of all processes for what runs on one alone."""
         device = self.args.device
-        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        size = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * processes
         return Task(
             self.name,
             build_model=lambda: self.meta_model().to(device),
@@ -207,41 +222,6 @@ class Pipeline:
             basis=basis,
             eval_batches=self.eval_batches(),
         )
-
-    def meta(self, basis: Basis, config: RuleConfig, key: str) -> dict[str, Any]:
-        recipe = self.recipe
-        torch.manual_seed(self.args.seed)
-        rule: Rule = LSTMRule(config)
-        folder = self.folder / "rule" / key
-        meta_args = MetaTrainingArguments(
-            str(folder),
-            unroll_length=recipe.unroll_length,
-            inner_steps=recipe.inner_steps,
-            meta_epochs=recipe.meta_epochs,
-            eval_every=max(1, recipe.meta_epochs // 5),
-            seed=self.args.seed,
-            episodes_per_task=PartialState().num_processes,
-            use_cpu=self.args.use_cpu,
-        )
-        trainer = MetaTrainer(rule, meta_args, [self.task(basis)])
-        trainer.train()
-        provenance = {
-            "command": " ".join(["python", *portable(sys.argv)]),
-            "recipe": portable(dataclasses.asdict(recipe)),
-            "data": self.data,
-            "tasks": [self.name],
-            "settings": {**dataclasses.asdict(meta_args), "output_dir": None},
-            "validation": [entry for entry in trainer.log_history if "score" in entry],
-            "environment": environment(Path(__file__).parent),
-        }
-        if PartialState().is_main_process:
-            save_json(folder / "provenance.json", provenance)
-        PartialState().wait_for_everyone()
-        return {
-            "rule": str(folder.relative_to(self.folder)),
-            "steps": meta_training_steps(folder),
-            "validation": [[e["meta_epoch"], e["validation_loss"]] for e in trainer.log_history if "best" in e],
-        }
 
     def one(
         self,
@@ -261,7 +241,7 @@ class Pipeline:
             if name != self.recorded_arm or not self.recipe.subspace.startswith("pca"):
                 return self.run(folder, args, stamp(identity), arm)
             every = max(1, int(self.recorded_share * self.recipe.trajectory_steps) // self.recipe.snapshots)
-            recorder = TrajectoryCallback(folder / "trajectory", every_steps=every, overwrite=True)
+            recorder = Recorder(folder / "trajectory", every_steps=every, overwrite=True)
             key = stamp(identity, self.compared())
             result = self.run(folder, args, key, arm, callbacks=[recorder])
             self.keep_best_trajectory(folder, result)
@@ -316,7 +296,7 @@ class Pipeline:
                 objects = RandomBasis(basis.layout, rows, seed=self.args.seed + 1).to_dense(), rule
             run = self.runner(name, arm, *objects)
             tuned = self.tune(arm, run)
-            means, seeds = over_seeds(run, tuned, recipe.seeds, finalists=2 if arm.grid else 1)
+            means, seeds = over_seeds(run, tuned, recipe.seeds)
             runs[name] = {
                 "optim": arm.optim,
                 "seeds": [self.args.seed + seed for seed in range(recipe.seeds)],
@@ -332,7 +312,7 @@ class Pipeline:
         """Shows the chosen run's checkpoints as OUTPUT/<arm>/checkpoint-*."""
         if PartialState().is_main_process:
             for old in (self.folder / name).glob("checkpoint-*"):
-                old.unlink() if old.is_symlink() else shutil.rmtree(old)
+                shutil.rmtree(old)
             chosen = self.folder / name / "runs" / f"{best[0]}-{best[1]:g}-seed-0"
             for path in chosen.glob("checkpoint-*"):
                 shutil.copytree(path, self.folder / name / path.name)
@@ -391,12 +371,15 @@ class Pipeline:
         key = stamp(
             self.key, basis.fingerprint, [*(getattr(recipe, name) for name in names), config.of_update()], processes
         )
-        stages["meta"] = stage(self.folder, "meta", key, lambda: self.meta(basis, config, key), collective=True)
-        if recipe.save_rule and PartialState().is_main_process:
-            Path(recipe.save_rule).mkdir(parents=True, exist_ok=True)
-            for name in ("config.json", "model.safetensors", "README.md", "provenance.json"):
-                shutil.copy(self.folder / stages["meta"]["rule"] / name, recipe.save_rule)
-        return Rule.from_pretrained(self.folder / stages["meta"]["rule"])
+        folder = self.folder / "rule" / key
+
+        def work() -> dict[str, Any]:
+            return meta_train(folder, self.task(basis), config, recipe, self.args, self.data)
+
+        stages["meta"] = stage(self.folder, "meta", key, work, collective=True)
+        if recipe.save_rule:
+            copy_rule(folder, Path(recipe.save_rule))
+        return Rule.from_pretrained(folder)
 
     def main(self) -> dict[str, Any] | None:
         stages: dict[str, Any] = {}

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from accelerate import PartialState
 from arms import Arm, grid, stamp
 from cifar_data import ImageSet
 from cifar_pipeline import TRAINER_DEFAULTS, CifarArguments, CifarPipeline
@@ -116,7 +117,8 @@ class Recipe(CifarPipeline):
         paper = recipe.baselines == "paper"
         arms = PAPER if paper else TUNED
         self.recorded_arm, self.recorded_share = ("sgd", 0.6) if paper else ("momentum", 1.0)
-        self.arms = {**arms, **{name: arms["sl2o"] for name in self.rule_folders}}
+        # The shipped rules were meta-trained under linear decay, whatever the baselines have.
+        self.arms = {**arms, **{name: TUNED["sl2o"] for name in self.rule_folders}}
         size, rows = args.per_device_train_batch_size, len(self.train_set)
         starts = range(0, min(10 * size, rows - size + 1), size)  # at most ten batches for BatchNorm, always the same
         still = [self.train_set.__getitems__(range(i, i + size)) for i in starts]
@@ -130,7 +132,7 @@ class Recipe(CifarPipeline):
     def meta_model(self) -> nn.Module:
         return with_batch_statistics(self.build_model)()
 
-    # P-BFGS does not fit into a Trainer: its line search evaluates a batch several times
+    # P-BFGS does not fit into a Trainer: its line search evaluates a batch several times. One process runs it.
 
     def one(
         self, name: str, arm: Arm, choice: tuple[str, float], seed: int, basis: Basis | None = None, rule: Any = None
@@ -141,8 +143,13 @@ class Recipe(CifarPipeline):
         basis, steps, every = basis.with_units(choice[0]), self.args.max_steps, int(self.args.eval_steps)
         path = self.folder / name / "runs" / f"{choice[0]}-{choice[1]:g}-seed-{seed}" / "run.json"
         key = stamp(self.key, name, steps, every, seed, basis.fingerprint)
-        if path.is_file() and load_json(path)["key"] == key:
-            return load_json(path)
+        state = PartialState()
+        if state.is_main_process and not (path.is_file() and load_json(path)["key"] == key):
+            save_json(path, {"key": key, **self.p_bfgs(basis, steps, every, seed)})
+        state.wait_for_everyone()
+        return load_json(path)
+
+    def p_bfgs(self, basis: Basis, steps: int, every: int, seed: int) -> dict[str, Any]:
         device = self.args.device
 
         def evaluate(model: nn.Module, split: ImageSet = self.validation_set) -> tuple[float, float]:
@@ -161,10 +168,9 @@ class Recipe(CifarPipeline):
 
         start = time.perf_counter()
         points = {*range(0, steps + 1, every), steps}
-        task = self.task(basis)
+        task = self.task(basis, PartialState().num_processes)
         found = p_bfgs(task, steps, seed=self.args.seed + seed, evaluate_at=points, evaluate=evaluate, device=device)
-        result = {
-            "key": key,
+        return {
             "train_loss": [
                 [i + 1, loss] for i, loss in enumerate(found["train_loss"]) if (i + 1) % every == 0 or i == 0
             ],
@@ -176,8 +182,6 @@ class Recipe(CifarPipeline):
             "forward_passes": found["forward_passes"],
             "test_accuracy": evaluate(found["model"], self.test_set)[1],
         }
-        save_json(path, result)
-        return result
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any] | None:

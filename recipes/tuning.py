@@ -46,7 +46,7 @@ def search(run: Callable[..., Run], grid: Sequence[Choice], *, grow: bool) -> di
 
 
 def over_seeds(
-    run: Callable[..., Run], tuned: Mapping[Choice, Run], seeds: int, finalists: int
+    run: Callable[..., Run], tuned: Mapping[Choice, Run], seeds: int, finalists: int = 2
 ) -> tuple[dict[Choice, float], list[Run]]:
     """Runs the best choices with every seed: one seed may flatter a rate at the edge of stability.
 

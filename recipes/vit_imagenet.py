@@ -4,7 +4,8 @@
     accelerate launch recipes/vit_imagenet.py --data hub --bf16    # streams ILSVRC/imagenet-1k (ask for access first)
     python recipes/vit_imagenet.py --data PATH --model small --image_size 32 --trajectory_steps 400   # two cores
 
-The table is of --max_steps steps, 2,000 by default as in the supplement. The Hub's stream is of a split that is not
+The table is of --max_steps steps, 2,000 by default as in the supplement; its
+accuracies are on the validation images that choose rates and rules. The Hub's stream is of a split that is not
 shuffled as a whole: a buffer of --shuffle_buffer images is.
 """
 
@@ -23,7 +24,7 @@ from typing import Any, ClassVar
 
 import torch
 from arms import Arm, PipelineArguments, grid
-from cifar_pipeline import TRAINER_DEFAULTS, Epoch, accuracy, rule_arm
+from cifar_pipeline import TRAINER_DEFAULTS, Epoch, accuracy, rule_arms
 from PIL import Image
 from pipeline import Pipeline, run_recipe
 from torch import nn
@@ -59,7 +60,7 @@ class RecipeArguments(PipelineArguments):
     known_arms: ClassVar[Mapping[str, Arm]] = ARMS
 
     def arm_names(self) -> set[str]:
-        return {*super().arm_names(), *(rule_arm(entry)[0] for entry in self.rules)}
+        return {*super().arm_names(), *rule_arms(self.rules)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -187,7 +188,7 @@ class Recipe(Pipeline):
                 attention_probs_dropout_prob=0.0, num_labels=classes,
             )
         )  # fmt: skip
-        self.rule_folders = dict(map(rule_arm, recipe.rules))
+        self.rule_folders = rule_arms(recipe.rules)
         self.arms = {**ARMS, **{name: ARMS["sl2o"] for name in self.rule_folders}}
         self.begin(recipe, args, recipe.model, recipe.image_size, self.data)
 
@@ -213,6 +214,7 @@ class Recipe(Pipeline):
     def full_space(self, name: str, folder: Path, lr: float, seed: int) -> SL2OTrainingArguments:
         steps = self.recipe.trajectory_steps
         every = max(self.args.eval_steps, steps // 60)
+        every = max(1, self.args.max_steps // max(1, self.args.max_steps // every))  # so that one is at --max_steps
         return self.arguments(
             folder, "adamw_torch", learning_rate=lr, max_steps=steps, max_grad_norm=1.0, eval_steps=every,
             logging_steps=every, seed=self.args.seed + seed,
@@ -244,10 +246,11 @@ class Recipe(Pipeline):
 
     def targets(self, runs: Mapping[str, Any]) -> dict[str, float]:
         """What Momentum in the subspace and AdamW have at the last step of the subspace runs."""
-        last, found = self.args.max_steps, {}
+        found = {}
         for name in ("subspace_momentum", "adamw"):
             if name in runs:
-                found[f"{name}_at_{last}"] = [loss for step, loss in runs[name]["eval"] if step <= last][-1]
+                step, loss = [point for point in runs[name]["eval"] if point[0] <= self.args.max_steps][-1]
+                found[f"{name}_at_{step}"] = loss
         return found
 
 

@@ -87,10 +87,10 @@ def test_runs_that_were_made_elsewhere_are_gathered(tmp_path):
     words = ["--data", "embedded", "--output_dir", str(tmp_path), "--jobs", "deit-tiny", "--use_cpu", "--gather"]
     words += ["--set", "deit-tiny", "model=small", "seeds=1", "trajectory_learning_rates=0.001", "tf32=true"]
     words += ["train_rows=200", "validation_rows=100"]
-    meta = {"rule": "rule/x", "steps": 30, "seconds": 1.0, "validation": []}
+    meta = {"steps": 30, "seconds": 1.0, "validation": []}
     save_json(tmp_path / "deit-tiny" / "stages" / "meta.json", meta)
     there = {"device": "another", "commit": "abc"}
-    save_json(tmp_path / "deit-tiny" / "rule" / "x" / "provenance.json", {"environment": there})
+    save_json(tmp_path / "deit-tiny" / "environment.json", there)
     fabricate("adamw", "full-0.001-seed-0", [[0, 0.1], [10, 0.4], [20, 0.6]])
     fabricate("sl2o", "orthonormal-1-seed-0", [[0, 0.1], [10, 0.2], [20, 0.3]])
     with pytest.raises(ValueError, match="orthonormal-1-seed-0 holds no finished run"):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import kept_run
+import meta_stage
 import pipeline
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_a_second_start_runs_nothing_again(finished, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise AssertionError("trained again")
 
-    for target in (pipeline.SL2OTrainer, pipeline.MetaTrainer):
+    for target in (pipeline.SL2OTrainer, meta_stage.MetaTrainer):
         monkeypatch.setattr(target, "train", refuse)
     monkeypatch.setattr(pipeline, "fit_basis", refuse)
     again = recipe(folder, "--seeds", "2")
@@ -113,7 +114,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_result(finished, tmp_path, monke
 
     original = kept_run.Bar
     monkeypatch.setattr(kept_run, "Bar", lambda: Killer())
-    meta_step = pipeline.MetaTrainer._meta_step
+    meta_step = meta_stage.MetaTrainer._meta_step
     meta_steps = {"left": 3}
 
     def dying_meta_step(self, **kwargs):
@@ -122,7 +123,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_result(finished, tmp_path, monke
             raise Killed
         return meta_step(self, **kwargs)
 
-    monkeypatch.setattr(pipeline.MetaTrainer, "_meta_step", dying_meta_step)
+    monkeypatch.setattr(meta_stage.MetaTrainer, "_meta_step", dying_meta_step)
     kills = 0
     for left in (13, 10_000, 5, 20):
         steps["left"] = left

@@ -2,6 +2,7 @@
 
 import json
 
+import kept_run
 import numpy as np
 import pipeline
 import pytest
@@ -9,10 +10,12 @@ import scipy.optimize
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainerCallback
 
 from hf_sl2o import IdentityBasis, Layout, Task, Trajectory
 from hf_sl2o.comparison import table
 from recipes import resnet_cifar
+from recipes.cifar_pipeline import CifarPipeline
 from recipes.networks import Classifier, resnet8
 from recipes.p_bfgs import bfgs_update, p_bfgs
 
@@ -85,7 +88,63 @@ def test_a_second_start_runs_nothing_again(finished, monkeypatch):
     assert again["runs"] == result["runs"]
 
 
-def test_the_rate_falls_after_the_printed_shares_and_a_resumed_run_is_the_same(tmp_path, finished):
+def test_a_run_that_was_killed_in_its_second_epoch_goes_on_with_the_same_crops(tmp_path, finished, monkeypatch):
+    _, result = finished
+
+    class Killed(BaseException):
+        pass
+
+    class Killer(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 13:  # of 8 an epoch; checkpoints are at even steps
+                raise Killed
+
+    words = [*SMALL, "--baselines", "paper", "--seeds", "1", "--arms", "sgd", "--output_dir", str(tmp_path)]
+    original = kept_run.Bar
+    monkeypatch.setattr(kept_run, "Bar", Killer)
+    with pytest.raises(Killed):
+        resnet_cifar.main(words)
+    monkeypatch.setattr(kept_run, "Bar", original)
+    run = resnet_cifar.main(words)["runs"]["sgd"]
+    assert run["eval_per_seed"][0] == result["runs"]["sgd"]["eval_per_seed"][0]
+    assert run["test_accuracy_per_seed"][0] == result["runs"]["sgd"]["test_accuracy_per_seed"][0]
+
+
+def test_with_the_papers_schedules_too_a_run_is_evaluated_at_its_average(tmp_path):
+    words = [*SMALL, "--baselines", "paper", "--seeds", "1", "--arms", "subspace_momentum", "--save_steps", "4"]
+    words += ["--output_dir", str(tmp_path)]
+    last, averaged = (
+        resnet_cifar.main([*words, *more])["runs"]["subspace_momentum"] for more in ([], ["--sl2o_average", "4"])
+    )
+    assert (last["average"], averaged["average"]) == (0.0, 4.0)
+    for one, other in zip(last["train_loss"], averaged["train_loss"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4)  # the run itself is the same
+    assert abs(last["eval"][-1][1] - averaged["eval"][-1][1]) > 1e-5
+
+
+def test_the_basis_is_of_the_best_of_all_runs_that_were_recorded(tmp_path, monkeypatch):
+    """Both finalists run with every seed before anything is extracted: no later run removes its trajectory."""
+    seen = []
+    extract = resnet_cifar.Recipe.extract
+
+    def watched(self, path):
+        seen.append((path, dict(self.recorded)))
+        return extract(self, path)
+
+    monkeypatch.setattr(resnet_cifar.Recipe, "extract", watched)
+    result = resnet_cifar.main([*SMALL, "--arms", "momentum", "--output_dir", str(tmp_path)])
+    ((path, recorded),) = seen
+    assert len(recorded) == 4 and result["amortised"]["other_recorded_runs"] == 3 * 20  # two rates, two seeds
+    assert min(recorded, key=lambda run: recorded[run][0]) == path.parent and path.is_dir()
+
+
+def test_an_arm_that_diverged_does_not_hide_the_level_of_the_others():
+    runs = {f"subspace_{name}": {"final_eval_loss": loss} for name, loss in (("sgd", float("nan")), ("adamw", 2.0))}
+    assert CifarPipeline.targets(None, runs) == {"best_in_subspace": pytest.approx(2.02)}
+    assert CifarPipeline.targets(None, {"subspace_sgd": runs["subspace_sgd"]}) == {}
+
+
+def test_the_rate_falls_after_the_printed_shares(finished):
     folder, _ = finished
     state = json.loads((folder / "momentum" / "checkpoint-20" / "trainer_state.json").read_text())
     rates = {entry["step"]: entry["learning_rate"] for entry in state["log_history"] if "learning_rate" in entry}
@@ -139,6 +198,10 @@ def test_p_bfgs_minimises_a_quadratic_as_scipy_does():
         (["--train_rows", "10"], "10 are left, fewer than a batch of 32"),
         (["--num_classes", "100"], "the embedded images have 10 classes"),
         (["--rules", "nothing-there"], "nothing-there"),
+        (["--rules", "default", "default=elsewhere"], "two rules the arm 'sl2o_default'"),
+        (["--dim", "13"], "--dim is 13, expected between 1 and the 12 snapshots"),
+        (["--snapshots", "0"], "expected between 1 and the 0 snapshots"),
+        (["--validation_rows", "0"], "the split is empty"),
         (["--rules", "other=somewhere", "--arms", "sl2o_another"], r"'sl2o_another', expected any of .*'sl2o_other'"),
     ],
 )

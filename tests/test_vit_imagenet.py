@@ -1,6 +1,7 @@
 """recipes/vit_imagenet.py on an image folder made from CIFAR's classes; figures of vision runs; bad folders."""
 
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -39,6 +40,13 @@ def test_all_stages(finished):
     out, result = finished
     assert set(result["runs"]) == {*vit_imagenet.ARMS, "sl2o_default"}
     assert set(result["steps_to"]) == {"subspace_momentum_at_4", "adamw_at_4"}
+    recipe = vit_imagenet.Recipe.__new__(vit_imagenet.Recipe)  # at the defaults one of AdamW's evaluations is at 2,000
+    recipe.args = SimpleNamespace(max_steps=2000, eval_steps=100)
+    recipe.recipe = SimpleNamespace(trajectory_steps=100_000)
+    recipe.arguments = lambda folder, optim, **changes: changes
+    recipe.args.seed = 0
+    assert recipe.full_space("adamw", out, 1e-3, 0)["eval_steps"] == 2000
+    assert recipe.targets({"adamw": {"eval": [[0, 3.0], [1666, 2.0], [3332, 1.0]]}}) == {"adamw_at_1666": 2.0}
     assert result["data"]["classes"] == 10 and result["data"]["train"]["rows"] == 60
     assert (out / "sl2o" / "checkpoint-4" / "model.safetensors").is_file()
 
