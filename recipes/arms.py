@@ -81,19 +81,20 @@ def stamp(*settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def digest(model: nn.Module) -> str:
-    """Of the bytes of the parameters, so that it is the same on any number of threads."""
+def digest(*tensors: torch.Tensor) -> str:
+    """Of their bytes, so that it is the same on any number of threads."""
     found = hashlib.sha256()
-    for p in model.parameters():
-        found.update(p.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()[:16]
 
 
 def training_settings(args: SL2OTrainingArguments) -> dict[str, Any]:
-    """The flags of the Trainer that change what a run computes."""
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps", "seed", "bf16")
-    names += ("fp16", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon")
-    return {name: getattr(args, name) for name in names}
+    """The flags of the Trainer that change what a run computes and keeps; each process has a batch of its own."""
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps", "logging_steps")
+    names += ("seed", "bf16", "fp16", "lr_scheduler_type", "warmup_steps", "max_grad_norm")
+    names += ("adam_beta1", "adam_beta2", "adam_epsilon")
+    return {**{name: getattr(args, name) for name in names}, "processes": PartialState().num_processes}
 
 
 def stage(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arms import PipelineArguments, stamp
+from arms import PipelineArguments, digest
 from cifar_data import ImageSet, as_is, crop_and_flip, load_cifar, normalize
 from pipeline import Pipeline
 from torch import nn
@@ -113,9 +113,9 @@ class CifarPipeline(Pipeline):
         test = load_cifar(recipe.data, "test", recipe.eval_rows, classes, num_classes=recipe.num_classes)
         self.test_set = ImageSet(*test, augment=False, prepare=prepare)
         self.data = {
-            "train": {"rows": cut, "fingerprint": stamp(images.sum().item(), labels.sum().item())},
-            "validation": {"rows": recipe.validation_rows},
-            "test": {"rows": len(self.test_set)},
+            "train": {"rows": cut, "fingerprint": digest(images[:cut], labels[:cut])},
+            "validation": {"rows": recipe.validation_rows, "fingerprint": digest(images[cut:], labels[cut:])},
+            "test": {"rows": len(self.test_set), "fingerprint": digest(*test)},
         }
         self.rule_folders = rule_arms(recipe.rules)
 

@@ -139,7 +139,7 @@ class Pipeline:
             [getattr(recipe, name) for name in names],
             identity,
             {**training_settings(args), "max_steps": None},
-            digest(self.start),
+            digest(*self.start.parameters()),
         )
 
     def build_model(self) -> nn.Module:

@@ -106,7 +106,7 @@ class Recipe(CifarPipeline):
         model = self.from_config(recipe) if offline else self.from_hub(recipe)
         self.load(recipe, args, self.preparation(recipe, model), new)
         if new is not None:
-            self.train_base(recipe, args.device, model, list(range(first_new)))
+            self.train_base(recipe, args, model, list(range(first_new)))
         if self.lora:
             torch.manual_seed(args.seed)  # whoever trained the base has drawn more
             model = self.with_lora(recipe, model)
@@ -155,22 +155,22 @@ class Recipe(CifarPipeline):
 
         return prepare
 
-    def train_base(self, recipe: RecipeArguments, device: torch.device, model: Any, classes: list[int]) -> None:
-        """Trains all weights on the classes that the adapters do not see, once."""
-        key = stamp(recipe.model, recipe.data, recipe.num_classes, recipe.base_steps)
+    def train_base(self, recipe: RecipeArguments, args: SL2OTrainingArguments, model: Any, classes: list[int]) -> None:
+        """Trains all weights on the classes that the adapters do not see, once and on one process."""
+        key = stamp(recipe.model, recipe.data, recipe.num_classes, recipe.base_steps, args.seed)
         path, state = self.folder / f"base-{key}.safetensors", PartialState()
         if state.is_main_process and not path.is_file():
             images, labels = load_cifar(recipe.data, "train", None, classes, num_classes=recipe.num_classes)
 
             def loss(network: nn.Module, batch: Any) -> torch.Tensor:
-                pixels, target = (part.to(device) for part in batch)
+                pixels, target = (part.to(args.device) for part in batch)
                 return F.cross_entropy(network(pixel_values=pixels).logits, target)
 
             problem = Problem(
                 lambda: model, lambda part, seed: batches(images, labels, 64, seed), loss, lambda part: [], 1e-3,
                 recipe.base_steps,
             )  # fmt: skip
-            train_full(problem, "base", model.to(device), "base", lambda step: None)
+            train_full(problem, "base", model.to(args.device), "base", lambda step: None)
             save_tensors(path, {name: tensor.contiguous() for name, tensor in model.cpu().state_dict().items()})
         state.wait_for_everyone()
         model.load_state_dict(load_file(path))

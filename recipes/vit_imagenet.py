@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from arms import Arm, PipelineArguments, grid
+from arms import Arm, PipelineArguments, grid, stamp
 from cifar_pipeline import TRAINER_DEFAULTS, Epoch, accuracy, rule_arms
 from PIL import Image
 from pipeline import Pipeline, run_recipe
@@ -119,6 +119,14 @@ class Pictures(torch.utils.data.Dataset[Any]):
         return {"pixel_values": pixels(image, self.size, chance), "labels": row["label"]}
 
 
+def listing(folder: str) -> str:
+    """Identifies an image folder: a hash of the names and sizes of its files."""
+    files = (
+        (str(path.relative_to(folder)), path.stat().st_size) for path in Path(folder).rglob("*") if path.is_file()
+    )
+    return stamp(sorted(files))
+
+
 def image_folder(folder: str) -> dict[str, Any]:
     """Returns the splits of an image folder.
 
@@ -179,6 +187,8 @@ class Recipe(Pipeline):
             self.validation_set = Pictures(held, self.size, None)
         counts = {"train": train_rows, "validation": len(self.validation_set)}
         self.data = {**{split: {"rows": rows} for split, rows in counts.items()}, "classes": classes}
+        if recipe.data != "hub":
+            self.data["files"] = listing(recipe.data)
         width, layers, heads, patch = SIZES[recipe.model]
         torch.manual_seed(args.seed)
         self.start = ViTForImageClassification(

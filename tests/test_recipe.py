@@ -1,5 +1,6 @@
 """recipes/gpt2_e2e.py at toy size: all stages and arms, kills and restarts, every subspace, bad data."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -230,14 +231,45 @@ def test_runs_as_a_script(accelerate):
     assert out.returncode == 0 and "--subspace" in out.stdout and "--learning_rate" in out.stdout, out.stderr[-2000:]
 
 
-@pytest.mark.slow
-def test_two_processes(tmp_path):
-    words = [*SMALL, "--output_dir", str(tmp_path), "--arms", "sl2o", "subspace_adamw", "--seeds", "1"]
+def in_two_processes(name, words, folder):
+    """Runs a recipe; returns its comparison.json and what it printed."""
     head = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*head, "recipes/gpt2_e2e.py", *words, "--ddp_backend", "gloo"]
+    command = [*head, f"recipes/{name}.py", *words, "--output_dir", str(folder), "--ddp_backend", "gloo"]
     out = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
     assert out.returncode == 0, out.stderr[-3000:]
-    runs = json.loads((tmp_path / "comparison.json").read_text())["runs"]
+    return json.loads((folder / "comparison.json").read_text()), out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vit_cifar", "resnet_cifar"])
+def test_two_processes_have_the_losses_of_one_with_their_batches(tmp_path, name):
+    # Of evaluation batches of 16 each process has one, and none has to be filled up.
+    words = """--train_rows 128 --validation_rows 32 --eval_rows 32 --per_device_eval_batch_size 16 --seeds 1 --dim 3
+    --trajectory_steps 12 --snapshots 8 --max_steps 4 --eval_steps 2 --logging_steps 2 --save_strategy no
+    --quick_grid --use_cpu""".split()
+    if name == "vit_cifar":
+        words += (
+            "--subspace lora --base_steps 3 --trajectory_learning_rates 0.003 --arms adamw sl2o_default-lora".split()
+        )
+    else:
+        words += "--arms momentum sl2o_default p_bfgs".split()
+    two, _ = in_two_processes(name, [*words, "--per_device_train_batch_size", "8"], tmp_path / "two")
+    module = importlib.import_module(f"recipes.{name}")
+    one = module.main([*words, "--per_device_train_batch_size", "16", "--output_dir", str(tmp_path / "one")])
+    assert set(two["runs"]) == set(one["runs"])
+    assert (two["training"]["processes"], one["training"]["processes"]) == (2, 1)
+    for arm in one["runs"]:
+        for curve in ("train_loss", "eval"):
+            values = [[value for _, value in of["runs"][arm][curve]] for of in (two, one)]
+            # BatchNorm's statistics are those of a process' own batch, in training and when they are set anew
+            assert values[0] == pytest.approx(values[1], rel=1e-4 if name == "vit_cifar" else 0.1), (arm, curve)
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    words = [*SMALL, "--arms", "sl2o", "subspace_adamw", "--seeds", "1"]
+    comparison, out = in_two_processes("gpt2_e2e", words, tmp_path)
+    runs = comparison["runs"]
     assert set(runs) == {"sl2o", "subspace_adamw"} and runs["sl2o"]["eval"][-1][1] < runs["sl2o"]["eval"][0][1]
     assert out.stdout.count("| sl2o") == 1  # the table is printed by one process

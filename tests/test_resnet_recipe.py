@@ -2,6 +2,7 @@
 
 import json
 
+import cifar_pipeline
 import kept_run
 import numpy as np
 import pipeline
@@ -15,7 +16,6 @@ from transformers import TrainerCallback
 from hf_sl2o import IdentityBasis, Layout, Task, Trajectory
 from hf_sl2o.comparison import table
 from recipes import resnet_cifar
-from recipes.cifar_pipeline import CifarPipeline
 from recipes.networks import Classifier, resnet8
 from recipes.p_bfgs import bfgs_update, p_bfgs
 
@@ -86,6 +86,15 @@ def test_a_second_start_runs_nothing_again(finished, monkeypatch):
     monkeypatch.setattr(resnet_cifar, "p_bfgs", lambda *args, **kwargs: pytest.fail("trained again"))
     again = resnet_cifar.main([*SMALL, "--baselines", "paper", "--output_dir", str(folder)])
     assert again["runs"] == result["runs"]
+    load = cifar_pipeline.load_cifar
+
+    def relabelled(data, split, *of, **options):
+        images, labels = load(data, split, *of, **options)
+        return images, labels.flip(0) if split == "test" else labels  # every sum stays what it was
+
+    monkeypatch.setattr(cifar_pipeline, "load_cifar", relabelled)
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        resnet_cifar.main([*SMALL, "--baselines", "paper", "--output_dir", str(folder)])
 
 
 def test_a_run_that_was_killed_in_its_second_epoch_goes_on_with_the_same_crops(tmp_path, finished, monkeypatch):
@@ -140,8 +149,8 @@ def test_the_basis_is_of_the_best_of_all_runs_that_were_recorded(tmp_path, monke
 
 def test_an_arm_that_diverged_does_not_hide_the_level_of_the_others():
     runs = {f"subspace_{name}": {"final_eval_loss": loss} for name, loss in (("sgd", float("nan")), ("adamw", 2.0))}
-    assert CifarPipeline.targets(None, runs) == {"best_in_subspace": pytest.approx(2.02)}
-    assert CifarPipeline.targets(None, {"subspace_sgd": runs["subspace_sgd"]}) == {}
+    assert cifar_pipeline.CifarPipeline.targets(None, runs) == {"best_in_subspace": pytest.approx(2.02)}
+    assert cifar_pipeline.CifarPipeline.targets(None, {"subspace_sgd": runs["subspace_sgd"]}) == {}
 
 
 def test_the_rate_falls_after_the_printed_shares(finished):

@@ -1,6 +1,7 @@
 """recipes/vit_imagenet.py on an image folder made from CIFAR's classes; figures of vision runs; bad folders."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import datasets
@@ -49,6 +50,14 @@ def test_all_stages(finished):
     assert recipe.targets({"adamw": {"eval": [[0, 3.0], [1666, 2.0], [3332, 1.0]]}}) == {"adamw_at_1666": 2.0}
     assert result["data"]["classes"] == 10 and result["data"]["train"]["rows"] == 60
     assert (out / "sl2o" / "checkpoint-4" / "model.safetensors").is_file()
+
+
+def test_a_folder_with_another_picture_is_other_data(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert vit_imagenet.listing(str(copy)) == vit_imagenet.listing(str(folder))
+    picture = min((copy / "train").rglob("*.png"))
+    picture.rename(picture.with_name("other.png"))  # as many as before
+    assert vit_imagenet.listing(str(copy)) != vit_imagenet.listing(str(folder))
 
 
 def test_a_stream_in_place_of_the_folder(folder, tmp_path, monkeypatch):
