@@ -28,6 +28,8 @@ def meta_train(
 ) -> dict[str, Any]:
     """Meta-trains a rule on one task, an episode on each process; all processes take part.
 
+    Under a constant learning rate, as the paper's; the arms then have the schedule of the recipe.
+
     Args:
         folder (`Path`): The rule, its checkpoints, and provenance.json; goes on from what is there.
         task ([`Task`]): The recipe's problem.

@@ -4,9 +4,9 @@
     accelerate launch recipes/vit_imagenet.py --data hub --bf16    # streams ILSVRC/imagenet-1k (ask for access first)
     python recipes/vit_imagenet.py --data PATH --model small --image_size 32 --trajectory_steps 400   # two cores
 
-The table is of --max_steps steps, 2,000 by default as in the supplement; its
-accuracies are on the validation images that choose rates and rules. The Hub's stream is of a split that is not
-shuffled as a whole: a buffer of --shuffle_buffer images is.
+The table is of --max_steps steps, 2,000 by default as in the supplement; its accuracies are on the validation images
+that choose rates and rules. The Hub's stream is of a split that is not shuffled as a whole: a buffer of
+--shuffle_buffer images is.
 """
 
 from __future__ import annotations
