@@ -1,4 +1,4 @@
-"""Writes the README's tables from the JSON results; `--check` fails if they differ from what is committed."""
+"""Writes the tables of README.md and RESULTS.md from the JSON results; `--check` fails if they differ from these."""
 
 from __future__ import annotations
 
@@ -20,12 +20,21 @@ BLOCKS = {
     "meta-cost": ROOT / "benchmarks" / "results" / "meta_training.json",
     "meta-processes": ROOT / "benchmarks" / "results" / "meta_processes.json",
     "resnet8": ROOT / "recipes" / "results" / "resnet8_cifar.json",
+    "resnet20-cores": ROOT / "recipes" / "results" / "resnet20_cores_cifar.json",
     "resnet20": ROOT / "recipes" / "results" / "resnet20_cifar.json",
     "vit-lora": ROOT / "recipes" / "results" / "vit_small_lora_cifar.json",
     "deit-tiny-500": ROOT / "recipes" / "results" / "deit_tiny_500_lora_cifar.json",
     "deit-tiny": ROOT / "recipes" / "results" / "deit_tiny_lora_cifar.json",
     "gpu": ROOT / "benchmarks" / "results" / "gpu.json",
 }
+
+
+def made_at(result: dict) -> str:  # type: ignore[type-arg]
+    """Commit and device of a result."""
+    made = result["environment"]
+    changes = " with uncommitted changes" if made["dirty"] else ""
+    device = "on a CPU" if made["device"].startswith("cpu") else f"on an {made['device']}"
+    return f"Made at commit {made['commit'][:7]}{changes} {device}"
 
 
 def step_cost(result: dict) -> str:  # type: ignore[type-arg]
@@ -56,8 +65,7 @@ def gpu(result: dict) -> str:  # type: ignore[type-arg]
         + "\n".join(lines)
         + f"\n\nn = {result['main_job']['n']:,}, d = {result['main_job']['recipe']['dim']}, one seed. adamw, of all "
         + f"weights, ends at {last[1]:.3f} after {last[0]} steps ({runs['adamw']['seconds']:.0f} s), which are the "
-        + f"trajectory; PCA took {cost['seconds']['extract']:.0f} s. Made at commit "
-        + f"{result['environment']['commit'][:7]} on an {result['environment']['device']}."
+        + f"trajectory; PCA took {cost['seconds']['extract']:.0f} s. {made_at(result)}."
     )
 
 
@@ -65,21 +73,24 @@ def e2e(result: dict) -> str:  # type: ignore[type-arg]
     cost, seeds = result["amortised"], len(next(iter(result["runs"].values()))["seeds"])
     targets = [f"`{name}`: {entry['target']:.3f}" for name, entry in result["steps_to"].items()]
     final = {arm: run["final_eval_loss"] for arm, run in result["runs"].items()}
-    fastest = []
-    for name, entry in result["steps_to"].items():
-        units, lr, steps = entry["fastest_of_grid"]["subspace_adamw"]
-        fastest.append(f"{steps} steps (learning rate {lr:g}) to `{name}`")
+    fastest = [
+        f"to `{name}` "
+        + ", ".join(f"{arm} {run[2]} ({run[1]:g})" for arm, run in entry["fastest_of_grid"].items() if run is not None)
+        for name, entry in result["steps_to"].items()
+    ]
+    last = {arm: run["eval"][-1][0] for arm, run in result["runs"].items()}
     return (
         table(result)
-        + f"\n\nn = {result['n']:,}, d = {result['recipe']['dim']}, {seeds} seeds. Learning rates: a grid with one "
-        + "seed, then the lower mean of its two best over all seeds, by the final validation loss. "
-        + f"Targets: {'; '.join(targets)}. With the learning rate of its grid that is "
-        + f"fastest to the target instead, AdamW in whitened units needs {' and '.join(fastest)}. Paid once: "
-        + f"{cost['trajectory']} steps of trajectory, {cost['meta_training']} of meta-training, "
-        + f'{cost["seconds"]["extract"]:.1f} s of PCA. "never": at least one seed does not get there. sl2o ends '
-        + f"{100 * (final['sl2o'] / final['adamw'] - 1):+.1f} % from the mean loss of full-space AdamW (its seeds: "
+        + f"\n\nn = {result['n']:,}, d = {result['recipe']['dim']}, {seeds} seeds; {last['adamw']} steps of adamw, "
+        + f"of all weights, {last['sl2o']} of the others. Learning rates: a grid with one seed, then the lower mean "
+        + f"of its two best over all seeds, by the final validation loss. Targets: {'; '.join(targets)}. Steps of the "
+        + f"first seed at the rate of each grid that is fastest instead: {'; '.join(fastest)}. Paid once: "
+        + f"{cost['trajectory']} steps of trajectory (chosen among runs of {cost['other_recorded_runs']} more), "
+        + f"{cost['meta_training']} of meta-training, {cost['seconds']['extract']:.1f} s of PCA. "
+        + '"never": at least one seed does not get there. '
+        + f"sl2o ends {100 * (final['sl2o'] / final['adamw'] - 1):+.1f} % from the mean of full-space AdamW (seeds: "
         + f"{', '.join(f'{curve[-1][1]:.3f}' for curve in result['runs']['adamw']['eval_per_seed'])}). "
-        + f"Made at commit {result['environment']['commit'][:7]}."
+        + f"{made_at(result)}."
     )
 
 
@@ -109,7 +120,7 @@ def rule(result: dict) -> str:  # type: ignore[type-arg]
         f"{result['recipe']['steps']} steps with linear decay, {result['recipe']['seeds']} seeds; a level is reached "
         f"when the mean over seeds is within {100 * (result['recipe']['tolerance'] - 1):.0f} % of it. "
         f"Steps of {', and of '.join(names[arm] for arm in ours)} over the optimizer's own, mean over "
-        f"tasks: {'; '.join(ratios)}. Made at commit {result['environment']['commit'][:7]}.",
+        f"tasks: {'; '.join(ratios)}. {made_at(result)}.",
     ]
     return "\n".join(lines)
 
@@ -151,8 +162,7 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
     extraction = f", {cost['seconds']['extract']:.1f} s of PCA" if "extract" in cost["seconds"] else ""
     others = f"(chosen among runs of {cost['other_recorded_runs']} more)"
     trajectory = f"trajectory {cost['trajectory']} {others}, " if extraction else ""
-    device = result["environment"]["device"]
-    on = "" if device.startswith("cpu") else f" on an {device}, which several runs shared"
+    shared = "" if result["environment"]["device"].startswith("cpu") else ", which several runs shared"
     return (
         table(result)
         + f"\n\nn = {result['n']:,}, {len(next(iter(runs.values()))['seeds'])} seeds, batches of "
@@ -173,12 +183,13 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
             else ""
         )
         + paid_for_rules(cost)
-        + f" Made at commit {result['environment']['commit'][:7]}{on}."
+        + f" {made_at(result)}{shared}."
     )
 
 
 MAKE = {
     "resnet8": vision,
+    "resnet20-cores": vision,
     "resnet20": vision,
     "vit-lora": vision,
     "deit-tiny-500": vision,
@@ -204,9 +215,16 @@ def render(text: str) -> str:
     return text
 
 
+def main(check: bool) -> str | None:
+    """Renders both files; with `check` says which one differs instead."""
+    for name in ("README.md", "RESULTS.md"):
+        path = ROOT / name
+        old = path.read_text(encoding="utf-8")
+        if check and render(old) != old:
+            return f"{name} differs from the results: python benchmarks/readme_table.py"
+        path.write_text(render(old), encoding="utf-8")
+    return None
+
+
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    if "--check" in sys.argv:
-        sys.exit(0 if render(old) == old else "README.md differs from the results: python benchmarks/readme_table.py")
-    readme.write_text(render(old), encoding="utf-8")
+    sys.exit(main("--check" in sys.argv))

@@ -16,7 +16,7 @@ import hf_sl2o
 from hf_sl2o.files import load_json
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, RESULTS = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md"))
 
 
 def blocks(language):
@@ -33,14 +33,14 @@ def test_readme_blocks_run_in_order_and_print_what_is_written(tmp_path):
     command = [sys.executable, "-W", "error::SyntaxWarning", str(script)]
     out = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert out.returncode == 0, out.stderr[-3000:]
-    said = next(line for line in blocks("text") if line.startswith("validation loss")).strip()
-    printed = next(line for line in out.stdout.splitlines() if line.startswith("validation loss"))
+    said = next(block for block in blocks("text") if block.startswith("loss after")).strip()
+    printed = "\n".join(line for line in out.stdout.splitlines() if line.startswith(("loss after", "in the subspace")))
     number = r"\d+\.\d+"
     assert re.sub(number, "#", said) == re.sub(number, "#", printed)
     said_numbers, numbers = ([float(x) for x in re.findall(number, text)] for text in (said, printed))
     assert numbers == pytest.approx(said_numbers, abs=0.1)
-    full, same, sl2o = numbers
-    assert sl2o < 0.5 * same
+    full, same, sl2o, tuned = numbers
+    assert sl2o < 0.5 * same and tuned < 0.5 * same
     assert "torch.Size([20])" in out.stdout
 
 
@@ -85,8 +85,19 @@ def test_tables_are_those_of_the_results():
         [sys.executable, "benchmarks/readme_table.py", "--check"], cwd=ROOT, capture_output=True, text=True
     )
     assert out.returncode == 0, out.stderr
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
-    assert links and all((ROOT / link).exists() for link in links)
+    for text in (README, RESULTS):
+        links = re.findall(r"\]\(([^)#:]+)[^):]*\)", text)
+        assert links and all((ROOT / link).exists() for link in links)
+
+
+def test_links_to_headings_lead_somewhere():
+    def slugs(text):
+        titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+        return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+    for own, text in (("README.md", README), ("RESULTS.md", RESULTS)):
+        for file, heading in re.findall(r"\]\(([\w.]*)#([^)]+)\)", text):
+            assert heading in slugs({"README.md": README, "RESULTS.md": RESULTS}[file or own]), heading
 
 
 def test_accelerate_configs_load():
