@@ -79,12 +79,15 @@ def e2e(result: dict) -> str:  # type: ignore[type-arg]
         for name, entry in result["steps_to"].items()
     ]
     last = {arm: run["eval"][-1][0] for arm, run in result["runs"].items()}
+    alone = [arm for arm, run in result["runs"].items() if len(run["finalists"]) < min(2, len(run["grid"]))]
+    except_of = f" (of {', '.join(alone)} only the best)" if alone else ""
     return (
         table(result)
         + f"\n\nn = {result['n']:,}, d = {result['recipe']['dim']}, {seeds} seeds; {last['adamw']} steps of adamw, "
         + f"of all weights, {last['sl2o']} of the others. Learning rates: a grid with one seed, then the lower mean "
-        + f"of its two best over all seeds, by the final validation loss. Targets: {'; '.join(targets)}. Steps of the "
-        + f"first seed at the rate of each grid that is fastest instead: {'; '.join(fastest)}. Paid once: "
+        + f"of its two best over all seeds{except_of}, by the final validation loss. "
+        + f"Targets: {'; '.join(targets)}. Steps of the first seed at the rate of each grid "
+        + f"that is fastest instead: {'; '.join(fastest)}. Paid once: "
         + f"{cost['trajectory']} steps of trajectory (chosen among runs of {cost['other_recorded_runs']} more), "
         + f"{cost['meta_training']} of meta-training, {cost['seconds']['extract']:.1f} s of PCA. "
         + '"never": at least one seed does not get there. '
