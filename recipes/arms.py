@@ -28,10 +28,10 @@ class PipelineArguments:
     seeds: int = field(default=3, metadata={"help": "Runs of each arm; they differ in the order of the data."})
     train_rows: int | None = field(default=None, metadata={"help": "First so many rows; default: all."})
     eval_rows: int = field(default=256, metadata={"help": "Rows of the validation split."})
-    trajectory_steps: int = field(default=1200, metadata={"help": "Steps of the AdamW run that is recorded."})
+    trajectory_steps: int = field(default=1200, metadata={"help": "Steps of the full-space run that is recorded."})
     snapshots: int = field(default=60, metadata={"help": "Recorded at even distances (the paper: 60)."})
-    trajectory_learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3, 3e-3, 1e-2], metadata={"help": "The best one on validation is recorded."}
+    trajectory_learning_rates: list[float] | None = field(
+        default=None, metadata={"help": "Of the runs of which the best is recorded; default: the arm's grid."}
     )
     meta_epochs: int = field(default=20, metadata={"help": "Episodes of meta-training."})
     inner_steps: int = field(default=200, metadata={"help": "N, steps of an episode."})

@@ -37,7 +37,7 @@ ARMS: dict[str, Arm] = {
     "subspace_adamw_orthonormal": Arm("subspace_adamw", grid(orthonormal=(0.3, 1.0, 0.1, 3.0))),
     "subspace_momentum": Arm("subspace_sgd", grid(orthonormal=(1.0, 3.0, 0.3), std=(0.1, 0.03, 0.3)), momentum=0.9),
     "subspace_sgd": Arm("subspace_sgd", grid(orthonormal=(10.0, 3.0, 30.0), std=(1.0, 0.3, 3.0))),
-    "adamw": Arm("adamw_torch", (), basis="none"),  # the recorded runs, --trajectory_learning_rates
+    "adamw": Arm("adamw_torch", grid(full=(3e-3, 1e-2, 1e-3)), basis="none"),  # the recorded runs
     "random": Arm("subspace_adamw", grid(orthonormal=(1.0, 3.0, 0.3, 10.0)), basis="random"),
     "symbolic": Arm("sl2o", grid(std=(1.0, 0.3, 3.0, 0.1))),
 }

@@ -23,6 +23,7 @@ from arms import (
     Arm,
     PipelineArguments,
     digest,
+    grid,
     leave_processes,
     portable,
     stage,
@@ -168,7 +169,7 @@ class Pipeline:
         """Tunes the recorded arm in the full space; its run with the lowest validation loss is the trajectory."""
         name, arm = self.recorded_arm, self.arms[self.recorded_arm]
         run = self.runner(name, arm)
-        over_seeds(run, self.tune(arm, run), self.recipe.seeds)  # all runs of this arm: `train` adds none
+        over_seeds(run, self.tune(name, arm, run), self.recipe.seeds)  # all runs of this arm: `train` adds none
         folder = min(self.recorded, key=lambda run: self.recorded[run][0])
         loss = self.recorded[folder][0]
         if not math.isfinite(loss):
@@ -181,7 +182,7 @@ class Pipeline:
 
     def compared(self) -> list[Any]:
         """For keys: among which recorded runs the best is looked for; the snapshots of the others are removed."""
-        return [self.recipe.seeds, self.recipe.trajectory_learning_rates]
+        return [self.recipe.seeds, self.recipe.trajectory_learning_rates, self.recipe.quick_grid]
 
     def keep_best_trajectory(self, folder: Path, run: dict[str, Any]) -> None:
         """Removes the snapshots of recorded runs that have been beaten: at real size they are most of the disk."""
@@ -276,12 +277,14 @@ class Pipeline:
         """Runs the arm with a choice of units and rate, and a seed (0 where none is given)."""
         return lambda choice, seed=0: self.one(name, arm, choice, seed, *objects)
 
-    def tune(self, arm: Arm, run: Callable[..., Any]) -> dict[tuple[str, float], Any]:
-        """Runs the arm's grid with the first seed."""
+    def tune(self, name: str, arm: Arm, run: Callable[..., Any]) -> dict[tuple[str, float], Any]:
+        """Runs the arm's grid with the first seed; the rates that the user gives for the recorded arm as they are."""
         recipe = self.recipe
-        grid = choices(arm.grid, quick=recipe.quick_grid, one_unit=recipe.subspace in ("lora", "random"))
-        full = [("full", lr) for lr in recipe.trajectory_learning_rates]
-        return search(run, grid or full, grow=bool(grid) and not recipe.quick_grid)
+        if name == self.recorded_arm and recipe.trajectory_learning_rates:
+            return search(run, grid(full=tuple(recipe.trajectory_learning_rates)), grow=False)
+        one_unit = arm.basis != "none" and recipe.subspace in ("lora", "random")
+        chosen = choices(arm.grid, quick=recipe.quick_grid, one_unit=one_unit)
+        return search(run, chosen, grow=not recipe.quick_grid)
 
     def train(self, basis: Basis, rule: Rule | None) -> dict[str, Any]:
         """Tunes every arm on validation, and runs its two best choices with every seed."""
@@ -295,7 +298,7 @@ class Pipeline:
                 rows = min(recipe.dim, basis.layout.n)
                 objects = RandomBasis(basis.layout, rows, seed=self.args.seed + 1).to_dense(), rule
             run = self.runner(name, arm, *objects)
-            tuned = self.tune(arm, run)
+            tuned = self.tune(name, arm, run)
             means, seeds = over_seeds(run, tuned, recipe.seeds)
             runs[name] = {
                 "optim": arm.optim,

@@ -48,7 +48,7 @@ ARMS: dict[str, Arm] = {
     "subspace_adamw": Arm("subspace_adamw", grid(std=(0.1, 0.03, 0.3))),
     "subspace_momentum": Arm("subspace_sgd", grid(orthonormal=(0.1, 0.03, 0.3), std=(0.1, 0.03)), momentum=0.9),
     "subspace_sgd": Arm("subspace_sgd", grid(orthonormal=(1.0, 0.3, 3.0), std=(1.0, 0.3))),
-    "adamw": Arm("adamw_torch", (), basis="none"),  # of all that is trained, --trajectory_learning_rates
+    "adamw": Arm("adamw_torch", grid(full=(3e-3, 1e-3, 1e-2)), basis="none"),  # of all that is trained
     "adamw_2e-4": Arm("adamw_torch", grid(full=(2e-4,)), basis="none"),  # what people take for LoRA
     "random": Arm("subspace_adamw", grid(orthonormal=(1.0, 0.3)), basis="random"),
 }

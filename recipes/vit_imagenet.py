@@ -38,7 +38,7 @@ ARMS: dict[str, Arm] = {
     "sl2o": Arm("sl2o", grid(std=(1.0,))),
     "subspace_momentum": Arm("subspace_sgd", grid(orthonormal=(1.0, 0.3), std=(0.1, 0.03)), momentum=0.9),
     "subspace_adamw": Arm("subspace_adamw", grid(std=(0.1, 0.3, 0.03))),
-    "adamw": Arm("adamw_torch", (), basis="none"),
+    "adamw": Arm("adamw_torch", grid(full=(1e-3,)), basis="none"),
 }
 
 
@@ -50,7 +50,6 @@ class RecipeArguments(PipelineArguments):
     model: str = field(default="vit-base", metadata={"help": f"One of {', '.join(SIZES)}."})
     image_size: int = field(default=224, metadata={"help": "Pixels on a side."})
     trajectory_steps: int = field(default=100_000, metadata={"help": "Steps of the AdamW run that is recorded."})
-    trajectory_learning_rates: list[float] = field(default_factory=lambda: [1e-3], metadata={"help": "Of that run."})
     eval_rows: int = field(default=10_000, metadata={"help": "Rows of the validation split."})
     shuffle_buffer: int = field(default=10_000, metadata={"help": "Images that are shuffled at a time, of a stream."})
     rules: list[str] = field(

@@ -65,7 +65,7 @@ def test_the_jobs_of_a_gpu_are_command_lines_of_the_recipes(job):
     assert arms[-1] == "sl2o_gpt2" and set(arms) <= parsed.arm_names()
     known = resnet_cifar.TUNED if getattr(parsed, "baselines", "") == "tuned" else parsed.known_arms
     for arm, rate, seed in gpu_vision.JOBS[job].full:
-        rates = [lr for _, lr in known[arm].grid] or parsed.trajectory_learning_rates
+        rates = parsed.trajectory_learning_rates or [lr for _, lr in known[arm].grid]
         assert rate in rates and seed < parsed.seeds
 
 

@@ -56,6 +56,14 @@ def test_all_arms_of_the_paper_with_their_printed_rates(finished):
     assert saved["network.norm.num_batches_tracked"] == 8  # recalibrated on eight batches, nothing older
 
 
+def test_given_rates_are_those_of_the_recorded_arm_alone(tmp_path):
+    flags = "--seeds 1 --trajectory_learning_rates 0.2 0.02 0.002 --trajectory_steps 12 --arms momentum adam".split()
+    runs = resnet_cifar.main([*SMALL, *flags, "--output_dir", str(tmp_path)])["runs"]
+    rates = {name: [(units, lr) for units, lr, _ in run["grid"]] for name, run in runs.items()}
+    adam = [("full", lr) for _, lr in resnet_cifar.TUNED["adam"].grid]
+    assert rates == {"momentum": [("full", 0.2), ("full", 0.02), ("full", 0.002)], "adam": adam}
+
+
 def test_a_tuned_run_records_momentum_and_takes_named_rules(finished, tmp_path):
     folder, paper = finished
     (recorded,) = (folder / "sgd" / "runs").glob("*/trajectory")
