@@ -3,6 +3,8 @@
 Importing the package adds `optim="sl2o"`, `"subspace_adamw"` and `"subspace_sgd"` to transformers.
 """
 
+import warnings
+
 from .arguments import SL2OTrainingArguments
 from .batch_norm import BatchNormCallback, recalibrate_batch_norm
 from .callbacks import AverageCallback, SubspaceLogCallback, TrajectoryCallback
@@ -54,4 +56,7 @@ __all__ = [
     "unroll",
 ]
 
-register()
+try:
+    register()
+except ImportError as error:  # the rest of the package works
+    warnings.warn(str(error), stacklevel=2)

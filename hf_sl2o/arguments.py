@@ -70,7 +70,7 @@ class SL2OTrainingArguments(TrainingArguments):
     sl2o_warmup_learning_rate: float = field(
         default=1e-3, metadata={"help": "AdamW's learning rate in those steps (constant)."}
     )
-    sl2o_snapshots: int = field(default=60, metadata={"help": "Snapshots of those steps (paper: 60)."})
+    sl2o_snapshots: int = field(default=60, metadata={"help": "Snapshots of those steps, at least (paper: 60)."})
     sl2o_dim: int = field(default=40, metadata={"help": "Directions fitted to those snapshots (paper: 40)."})
 
     def __post_init__(self) -> None:

@@ -72,6 +72,12 @@ def recalibrate_batch_norm(model: nn.Module, batches: Iterable[Any]) -> int:
     return len(norms)
 
 
+def about_to_be_read(state: TrainerState, control: TrainerControl) -> bool:
+    """Whether a Trainer will evaluate or save the weights after this step, or leave them to its user."""
+    ends = control.should_training_stop or state.global_step >= state.max_steps
+    return bool(ends or control.should_evaluate or control.should_save)
+
+
 class BatchNormCallback(TrainerCallback):
     """Recalibrates BatchNorm before each evaluation and each checkpoint, and at the end of training.
 
@@ -105,7 +111,7 @@ class BatchNormCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if control.should_evaluate or control.should_save or state.global_step >= state.max_steps:
+        if about_to_be_read(state, control):
             recalibrate_batch_norm(kwargs["model"], self.batches)
 
     def on_epoch_end(

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DefaultFlowCallback, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import TrainingArguments
 
+from .batch_norm import BatchNormCallback, about_to_be_read
 from .optim import LearnedOptimizer, SubspaceOptimizer
 from .subspace import Trajectory
 
@@ -141,8 +142,9 @@ class SubspaceLogCallback(TrainerCallback):
 class AverageCallback(TrainerCallback):
     """Evaluates and saves at the running average of what the optimizer moves; every Trainer gets one where it is kept.
 
-    It runs before the callbacks of users, so that [`BatchNormCallback`] sees the averaged weights. Training goes on
-    from the last step, and ends at the average.
+    After a step the weights go there behind all other callbacks, which may still ask for a checkpoint or the end, or
+    record where training is ([`TrajectoryCallback`]); only [`BatchNormCallback`] comes later. Before a step they go
+    back to where training goes on, ahead of all others. A run ends at the average.
 
     Example:
 
@@ -154,11 +156,12 @@ class AverageCallback(TrainerCallback):
 
     @classmethod
     def attach(cls, trainer: Trainer) -> None:
-        """Puts one behind the callback that says when to evaluate and to save, unless the trainer has one."""
+        """Adds it to a trainer that has none: one part before, and one behind the callbacks, then BatchNorm's."""
         callbacks = trainer.callback_handler.callbacks
-        if not any(isinstance(callback, cls) for callback in callbacks):
-            flow = [index for index, callback in enumerate(callbacks) if isinstance(callback, DefaultFlowCallback)]
-            callbacks.insert(flow[0] + 1 if flow else 0, cls())
+        if not any(isinstance(one, cls) for one in callbacks):
+            last = [one for one in callbacks if isinstance(one, BatchNormCallback)]
+            others = [one for one in callbacks if not isinstance(one, BatchNormCallback)]
+            callbacks[:] = [cls(), *others, _ToTheAverage(), *last]
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -167,12 +170,15 @@ class AverageCallback(TrainerCallback):
         if isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer):
             optimizer.use_last()
 
+
+class _ToTheAverage(TrainerCallback):
+    """The part of [`AverageCallback`] after a step."""
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         optimizer = unwrap_optimizer(kwargs.get("optimizer"))
-        due = control.should_evaluate or control.should_save or state.global_step >= state.max_steps
-        if due and isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer):
+        if about_to_be_read(state, control) and isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer):
             optimizer.use_average()
 
     def on_epoch_end(

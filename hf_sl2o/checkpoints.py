@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,16 +46,16 @@ class Checkpoints:
     def complete(self, step: int, progress: dict[str, Any]) -> None:
         """Makes the checkpoint at `step` the newest, when all parts are there, and deletes the one before it."""
         manifest, name = self.folder / MANIFEST, self._name(step)
-        previous = load_json(manifest)["folder"] if manifest.is_file() else None
+        previous = self._named_in(load_json(manifest)) if manifest.is_file() else None
         save_json(manifest, {"folder": name, "stamp": self.stamp, "progress": progress})
         if previous not in (None, name):
-            shutil.rmtree(self.folder / previous)
+            shutil.rmtree(self.folder / previous, ignore_errors=True)
 
     def newest(self) -> Checkpoint | None:
         """Returns the newest checkpoint, or None if the folder has none.
 
         Raises:
-            `ValueError`: it belongs to a run of another stamp (the first difference is named).
+            `ValueError`: it belongs to a run of another stamp (the first difference is named), or names no checkpoint.
         """
         path = self.folder / MANIFEST
         if not path.is_file():
@@ -67,7 +68,17 @@ class Checkpoints:
                     f"{path} was made with other settings: {_first_difference(part, found, expected)}; use another "
                     "output_dir, or delete it"
                 )
-        return Checkpoint(self.folder / manifest["folder"], manifest["progress"])
+        return Checkpoint(self.folder / self._named_in(manifest), manifest["progress"])
+
+    def _named_in(self, manifest: dict[str, Any]) -> str:
+        """The checkpoint's name; a path in its place could lead to any folder, and that be deleted."""
+        name = str(manifest["folder"])
+        if not re.fullmatch(r"checkpoint-\d{7,}", name):
+            raise ValueError(
+                f'{self.folder / MANIFEST} has "folder": {name!r}, expected checkpoint-NUMBER; restore it from its '
+                "source"
+            )
+        return name
 
     @staticmethod
     def _name(step: int) -> str:

@@ -28,7 +28,7 @@ def write_atomically(writers: Mapping[Path, Callable[[str], object]]) -> None:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write(str(temporaries[path]))
-                with open(temporaries[path], "rb") as file:
+                with open(temporaries[path], "r+b") as file:  # Windows flushes only what may be written
                     os.fsync(file.fileno())
             except (OSError, SafetensorError) as error:
                 state = "the previous file is unchanged" if path.exists() else "nothing was left behind"

@@ -61,8 +61,8 @@ class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-opt
     ) -> str | None:
         """Writes config.json, model.safetensors and, unless there is one, README.md.
 
-        The files change together: a full disk or a kill leaves what was there before. `config` is ignored, it is part
-        of the mixin's signature.
+        A full disk or a kill while they are written leaves what was there before; one between two renames leaves files
+        that do not load, and say so. `config` is ignored, it is part of the mixin's signature.
 
         Returns:
             The URL of the commit with `push_to_hub=True`, else None.

@@ -9,6 +9,9 @@ from typing import Any
 from urllib.parse import unquote
 
 import torch
+import transformers
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.optim import Optimizer
 from transformers import trainer, trainer_optimizer
@@ -88,13 +91,19 @@ def build_optimizer(
         total_steps (`int`, *optional*): Steps of the run, for a rule that sees the share that is done.
 
     Raises:
-        `ValueError`: an unknown name; a basis that is missing or does not fit the model; a negative average.
+        `ValueError`: an unknown name; a basis that is missing or does not fit the model; a negative average; an
+            argument that this `optim` has no use for.
+        `NotImplementedError`: the run is one of FSDP or DeepSpeed.
         `FileNotFoundError`: a basis or rule that is not there; says what was looked for where.
     """
     if optim not in OPTIMIZERS:
         raise ValueError(f"optim is {optim!r}, expected one of {sorted(OPTIMIZERS)}")
     named_parameters = list(named_parameters)
     lr = OPTIMIZERS[optim] if lr is None else lr
+    refuse_useless(
+        optim, with_basis=basis is not None, rule=rule, momentum=momentum, units=units, outside=outside,
+        max_grad_norm=max_grad_norm,
+    )  # fmt: skip
     if basis is None:
         if optim != "sl2o":
             raise ValueError(
@@ -121,6 +130,30 @@ def build_optimizer(
     return SubspaceOptimizer(named_parameters, basis, inner, **options)
 
 
+def refuse_useless(
+    optim: str,
+    *,
+    with_basis: bool,
+    rule: Any = None,
+    momentum: float = 0.0,
+    units: str | None = None,
+    outside: str = "freeze",
+    max_grad_norm: float = 0.0,
+    **others: Any,
+) -> None:
+    """Raises `ValueError` for an argument of [`build_optimizer`] that `optim` has no use for."""
+    needs_basis = "it is a choice within a basis, and there is none"
+    for name, given, why in (
+        ("rule", rule is not None and optim != "sl2o", f"{optim} has no rule"),
+        ("momentum", momentum and optim != "subspace_sgd", "of ours only subspace_sgd takes it"),
+        ("units", units is not None and not with_basis, needs_basis),
+        ("outside", outside != "freeze" and not with_basis, needs_basis),
+        ("max_grad_norm", max_grad_norm and not with_basis, "clip the gradients themselves, as a Trainer does"),
+    ):
+        if given:
+            raise ValueError(f'{name} was given with optim="{optim}", which has no use for it: {why}; leave it out')
+
+
 class SubspaceOptimizerFactory:
     """For `Trainer(optimizer_cls_and_kwargs=(SubspaceOptimizerFactory, {...}))`, with no registration at all.
 
@@ -128,17 +161,24 @@ class SubspaceOptimizerFactory:
     """
 
     def __call__(self, model: nn.Module, **kwargs: Any) -> Optimizer:
+        refuse_sharding()
         return build_optimizer(model.named_parameters(), **kwargs)
+
+
+def refuse_sharding(*, fsdp: Any = None, deepspeed: Any = None) -> None:
+    """Raises where parameters are sharded: by the given flags, or by what `accelerate launch` was told."""
+    kind = AcceleratorState._shared_state.get("distributed_type")  # making one here would initialise it
+    if deepspeed or kind == DistributedType.DEEPSPEED:
+        raise NotImplementedError(
+            "DeepSpeed flattens or replaces the optimizer's parameters, which a basis cannot follow; train with DDP"
+        )
+    if fsdp or kind == DistributedType.FSDP:
+        raise NotImplementedError("FSDP shards the parameters, which a basis does not support yet; train with DDP")
 
 
 def refuse_unsupported(args: TrainingArguments) -> None:
     """Raises where the way of training cannot hold what our optimizers promise."""
-    if args.deepspeed:
-        raise NotImplementedError(
-            "DeepSpeed flattens or replaces the optimizer's parameters, which a basis cannot follow; train with DDP"
-        )
-    if args.fsdp:
-        raise NotImplementedError("FSDP shards the parameters, which a basis does not support yet; train with DDP")
+    refuse_sharding(fsdp=args.fsdp, deepspeed=args.deepspeed)
     if args.weight_decay:
         raise ValueError(
             f"weight_decay is {args.weight_decay}; in the subspace it would pull towards the starting weights instead "
@@ -186,17 +226,8 @@ def _handler(context: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str
     if options["optim"] == "subspace_adamw":
         options["betas"], options["eps"] = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
     if options.get("basis") is not None:
-        options["max_grad_norm"] = take_over_clipping(args)
+        options["max_grad_norm"] = args.max_grad_norm
     return SubspaceOptimizerFactory, options
-
-
-def take_over_clipping(args: TrainingArguments) -> float:
-    """Moves `max_grad_norm` to our step: Trainer would clip the n-sized gradient, before it is projected."""
-    if args.max_grad_norm > 0:
-        args.sl2o_max_grad_norm = args.max_grad_norm  # type: ignore[attr-defined]
-        args.max_grad_norm = 0.0
-        logger.info("max_grad_norm=%g clips the projected gradient", args.sl2o_max_grad_norm)  # type: ignore[attr-defined]
-    return float(getattr(args, "sl2o_max_grad_norm", 0.0))
 
 
 def _optimizer_name(value: str) -> OptimizerNames:
@@ -228,15 +259,12 @@ def _reduce(member: OptimizerNames, protocol: Any) -> tuple[Any, ...]:
 
 def _parse_optim_args(optim_args_str: str | None) -> dict[str, str]:
     try:
-        return _parse(optim_args_str)
+        return _theirs["_parse_optim_args"](optim_args_str)  # type: ignore[no-any-return]
     except ValueError:
         raise ValueError(
             f"optim_args is {optim_args_str!r}, expected key=value pairs joined by commas, such as "
             '"basis=user/name,rule=path"; write a comma, an equals sign or a space inside a value as %2C, %3D or %20'
         ) from None
-
-
-_parse = trainer_optimizer._parse_optim_args
 
 
 def _create_scheduler(self: trainer.Trainer, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
@@ -247,29 +275,46 @@ def _create_scheduler(self: trainer.Trainer, num_training_steps: int, *args: Any
     optimizer = unwrap_optimizer(self.optimizer)
     if isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer) and optimizer.average:
         AverageCallback.attach(self)
-    return _make_scheduler(self, num_training_steps, *args, **kwargs)
+    return _theirs["create_scheduler"](self, num_training_steps, *args, **kwargs)
 
 
-_make_scheduler = trainer.Trainer.create_scheduler
+def _clip_grad_norm(self: trainer.Trainer, model: nn.Module) -> Any:
+    optimizer = unwrap_optimizer(self.optimizer)
+    if isinstance(optimizer, SubspaceOptimizer) and optimizer.max_grad_norm > 0:
+        return None  # its step clips the projected gradient; a Trainer would clip the n-sized one before
+    return _theirs["_clip_grad_norm"](self, model)
+
+
+#: Where in transformers what is ours goes, and by which name it is kept as it was.
+_HOOKS = (
+    (trainer, "_parse_optim_args", _parse_optim_args),
+    (trainer.Trainer, "create_scheduler", _create_scheduler),
+    (trainer.Trainer, "_clip_grad_norm", _clip_grad_norm),
+)
+_theirs: dict[str, Any] = {}
 
 
 def register() -> None:
     """Adds our names to transformers; importing hf_sl2o does it, and doing it again changes nothing.
 
-    Also makes Trainer's parser of `optim_args` say what it could not read, and `create_scheduler` tell a rule that
-    sees the share of the run that is done how many steps the run has, and add an [`AverageCallback`] where the
-    optimizer keeps an average.
+    Also makes Trainer's parser of `optim_args` say what it could not read; `create_scheduler` tell a rule that sees
+    the share of the run that is done how many steps the run has, and add an [`AverageCallback`] where the optimizer
+    keeps an average; and `_clip_grad_norm` leave clipping to an optimizer that clips the projected gradient.
 
     Raises:
         `ImportError`: transformers has moved what this hooks into.
     """
+    needed = [*((owner, name) for owner, name, _ in _HOOKS), (trainer_optimizer, "_OPTIMIZER_HANDLERS")]
+    for owner, name in needed:
+        if not hasattr(owner, name):
+            raise ImportError(
+                f"{owner.__name__} of transformers {transformers.__version__} no longer has {name}, which "
+                'optim="sl2o" is hooked into: this version is newer than this hf_sl2o knows; upgrade hf_sl2o, or use '
+                "Trainer(optimizer_cls_and_kwargs=(SubspaceOptimizerFactory, {...}))"
+            )
     for value in OPTIMIZERS:
         trainer_optimizer._OPTIMIZER_HANDLERS[_add_member(value)] = _handler
     OptimizerNames.__reduce_ex__ = _reduce  # type: ignore[assignment, method-assign]
-    if not hasattr(trainer, "_parse_optim_args"):
-        raise ImportError(
-            "transformers.trainer no longer has _parse_optim_args: this version of transformers is newer than this "
-            "hf_sl2o knows; upgrade hf_sl2o, or use Trainer(optimizer_cls_and_kwargs=...)"
-        )
-    trainer._parse_optim_args = _parse_optim_args
-    trainer.Trainer.create_scheduler = _create_scheduler  # type: ignore[method-assign]
+    for owner, name, ours in _HOOKS:
+        _theirs.setdefault(name, getattr(owner, name))
+        setattr(owner, name, ours)

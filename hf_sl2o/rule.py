@@ -254,8 +254,13 @@ class Rule(nn.Module, HubFiles):
     def from_files(cls: type[R], config: dict[str, Any], tensors: dict[str, torch.Tensor], where: str) -> R:
         take(config, {"rule"}, where)
         fields = {field.name for field in dataclasses.fields(RuleConfig)}
+        if not isinstance(config["rule"], dict):
+            raise ValueError(f'config.json in {where} has "rule": {config["rule"]!r}, expected a JSON object')
         take({**ADDED_LATER, **config["rule"]}, fields, where)
-        rule = Rule.from_config(RuleConfig(**config["rule"]))
+        try:
+            rule = Rule.from_config(RuleConfig(**config["rule"]))
+        except TypeError as error:  # a string where a number belongs
+            raise ValueError(f"config.json in {where} is malformed ({error}); restore it from its source") from error
         if not isinstance(rule, cls):
             raise ValueError(f"{where} holds a {type(rule).__name__}, not a {cls.__name__}; use Rule.from_pretrained")
         expected = rule.state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,15 @@ class RuleConfig:
             raise ValueError(
                 f"hidden_size {self.hidden_size} and num_layers {self.num_layers} must be at least 1, "
                 f"embed_size {self.embed_size} at least 0"
+            )
+        if not (self.eps > 0 and math.isfinite(self.eps) and math.isfinite(self.output_scale)):
+            raise ValueError(
+                f"eps is {self.eps} and output_scale {self.output_scale}, expected finite numbers, eps above 0"
+            )
+        if self.bias_correction_offset < 0 or self.reset_cell_every < 0:
+            raise ValueError(
+                f"bias_correction_offset {self.bias_correction_offset} and reset_cell_every {self.reset_cell_every} "
+                "must be at least 0"
             )
         if self.log_sign is not None and self.log_sign <= 0:
             raise ValueError(f"log_sign is {self.log_sign}, expected a positive number or None")

@@ -79,6 +79,7 @@ class InnerRun:
         self._autocast = autocast
         outside = _rng_state()
         self.model = task.build_model() if device is None else task.build_model().to(device)
+        self.model.train()  # as `from_pretrained` does not leave it
         self._rng = {}
         for offset, of in enumerate(("batches", "network")):
             torch.manual_seed(seed + offset)

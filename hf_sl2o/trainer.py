@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, TrainOutput, set_seed
 from transformers.training_args import OptimizerNames
 
@@ -17,7 +17,7 @@ from .arguments import OPTIMIZERS, SL2OTrainingArguments
 from .callbacks import SubspaceLogCallback, TrajectoryCallback, unwrap_optimizer
 from .files import load_json, load_tensors, save_tensors
 from .optim import SubspaceOptimizer
-from .registry import take_over_clipping
+from .registry import load_rule, refuse_useless
 from .rule import Rule
 from .subspace import Basis, Trajectory, fit_basis
 
@@ -91,9 +91,13 @@ class SL2OTrainer(Trainer):
     ) -> None:
         args = SL2OTrainingArguments("tmp_trainer") if args is None else args
         given: dict[str, Any] = {"basis": basis, "rule": rule}
+        optim = str(getattr(args.optim, "value", args.optim))
         for what, value in given.items():
-            if value is not None and str(getattr(args.optim, "value", args.optim)) not in OPTIMIZERS:
-                raise ValueError(f'{what} was given with optim="{args.optim}"; expected one of {sorted(OPTIMIZERS)}')
+            useful = sorted(OPTIMIZERS) if what == "basis" else ["sl2o"]
+            if value is not None and optim not in useful:
+                raise ValueError(f'{what} was given with optim="{optim}"; expected one of {useful}')
+            if value is None and getattr(args, f"sl2o_{what}", None) and optim not in OPTIMIZERS:
+                logger.warning('optim="%s" does not use sl2o_%s', optim, what)
             if value is not None and getattr(args, f"sl2o_{what}", None) is not None:
                 raise ValueError(f"{what} was given both as an object and as args.sl2o_{what}; leave one out")
         warming = isinstance(args, SL2OTrainingArguments) and args.sl2o_warmup_steps > 0
@@ -117,7 +121,7 @@ class SL2OTrainer(Trainer):
         if self.rule is not None:
             options["rule"] = self.rule
         if self.basis is not None:
-            options.update(basis=self.basis, max_grad_norm=take_over_clipping(args))
+            options.update(basis=self.basis, max_grad_norm=args.max_grad_norm)
         return factory, options
 
     @property
@@ -177,6 +181,10 @@ class SL2OTrainer(Trainer):
         args = self.args
         assert isinstance(args, SL2OTrainingArguments)
         folder = Path(args.output_dir or ".") / "warmup"
+        _, options = self.get_optimizer_cls_and_kwargs(args, self.model)  # what is wrong with them is said before
+        refuse_useless(**{**options, "with_basis": True})
+        if options["optim"] == "sl2o":
+            load_rule(options.get("rule"), with_basis=True)
         if not trained:
             recorder = TrajectoryCallback(
                 folder / "trajectory",
@@ -185,7 +193,10 @@ class SL2OTrainer(Trainer):
             )
             logger.info("warm-up: %d steps with AdamW, recorded in %s", args.sl2o_warmup_steps, folder)
             self.args = _warmup_arguments(args, folder)
-            self.add_callback(recorder)
+            callbacks = self.callback_handler.callbacks
+            # nothing is evaluated in the warm-up, which a callback that stops early refuses
+            staying = [one for one in callbacks if not isinstance(one, EarlyStoppingCallback)]
+            self.callback_handler.callbacks = [*staying, recorder]
             checkpoint = last_complete_checkpoint(folder) if resuming else None
             try:
                 if checkpoint is not None and steps_done(checkpoint) >= args.sl2o_warmup_steps:
@@ -194,7 +205,7 @@ class SL2OTrainer(Trainer):
                     super().train(resume_from_checkpoint=checkpoint)
             finally:
                 self.args = args
-                self.remove_callback(recorder)
+                self.callback_handler.callbacks = callbacks
                 self.optimizer = self.lr_scheduler = None
                 self.model_wrapped = self.model  # type: ignore[assignment]
             if args.should_save:

@@ -93,7 +93,8 @@ def training_settings(args: SL2OTrainingArguments) -> dict[str, Any]:
     """The flags of the Trainer that change what a run computes and keeps; each process has a batch of its own."""
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps", "logging_steps")
     names += ("seed", "bf16", "fp16", "lr_scheduler_type", "warmup_steps", "max_grad_norm")
-    names += ("adam_beta1", "adam_beta2", "adam_epsilon")
+    names += ("adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay", "label_smoothing_factor", "data_seed")
+    names += ("lr_scheduler_kwargs",)
     return {**{name: getattr(args, name) for name in names}, "processes": PartialState().num_processes}
 
 

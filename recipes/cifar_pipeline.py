@@ -141,6 +141,10 @@ class CifarPipeline(Pipeline):
         return {"test_accuracy": metrics["test_accuracy"]}
 
     def batches(self, seed: int, size: int) -> Iterator[Any]:
+        if size > len(self.labels):
+            raise ValueError(
+                f"a batch of {size} images (of all processes) was asked for, and there are {len(self.labels)}"
+            )
         generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF)
         while True:
             order = torch.randperm(len(self.labels), generator=generator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -35,6 +36,21 @@ class Bar(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
+
+
+class Clock(TrainerCallback):
+    """Seconds of a run over all the times that it was gone on with; what was lost by a kill does not count."""
+
+    def __init__(self, path: Path, key: str, before: float) -> None:
+        self.path, self.key, self.start = path, key, time.perf_counter() - before
+
+    @property
+    def spent(self) -> float:
+        return time.perf_counter() - self.start
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            save_json(self.path, {"key": self.key, "spent": self.spent})
 
 
 class RecipeTrainer(SL2OTrainer):
@@ -79,27 +95,34 @@ def kept_run(
         callbacks, **objects: For [`SL2OTrainer`].
 
     Returns:
-        `train_loss`, `eval` and `accuracy` (lists of `[step, value]`), `seconds`, `average`, `peak_bytes`,
+        `train_loss`, `eval` and `accuracy` (lists of `[step, value]`; NaN from where the optimizer gave up on
+        gradients that are not finite), `seconds` without loading, `average`, `peak_bytes`,
         `state_bytes` of the optimizer, and what `judge` found.
     """
     path, state = folder / "run.json", PartialState()
     known = load_json(path) if path.is_file() else {}
     if known.get("key") == key and "eval" in known:
         return known  # type: ignore[no-any-return]
-    if state.is_main_process:
-        if known.get("key") != key and folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_json(path, {"key": key})
+    if known.get("key") != key:
+        known = {"key": key}
+        if state.is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            save_json(path, known)
     state.wait_for_everyone()
-    trainer = RecipeTrainer(build_model(), args, callbacks=[*callbacks, Bar()], **objects)
+    checkpoint = unfinished_checkpoint(folder, args.max_steps)
+    clock = Clock(path, key, known.get("spent", 0.0) if checkpoint else 0.0)
+    trainer = RecipeTrainer(build_model(), args, callbacks=[*callbacks, Bar(), clock], **objects)
     trainer.arm = arm
     trainer.remove_callback(PrinterCallback)
     reset_peak()
-    start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=unfinished_checkpoint(folder, args.max_steps))
-    seconds = time.perf_counter() - start
-    result = {"key": key, **kept(trainer), "seconds": seconds, **judge(trainer)}
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+        diverged = False
+    except FloatingPointError as error:  # on all processes: they have the same gradients
+        print(f"  {folder.name} diverged at step {trainer.state.global_step}: {error}", flush=True)
+        diverged = True
+    result = {"key": key, **kept(trainer, diverged), "seconds": clock.spent, **judge(trainer)}
     if state.is_main_process:
         save_json(path, result)
     state.wait_for_everyone()
@@ -118,17 +141,22 @@ def unfinished_checkpoint(folder: Path, max_steps: int) -> str | None:
     return last_complete_checkpoint(folder)
 
 
-def kept(trainer: SL2OTrainer) -> dict[str, Any]:
-    """The curves of a run that has ended, and what its optimizer took."""
-    history = trainer.state.log_history
-    evals = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    accuracies = {entry["step"]: entry["eval_accuracy"] for entry in history if "eval_accuracy" in entry}
+def kept(trainer: SL2OTrainer, diverged: bool = False) -> dict[str, Any]:
+    """The curves of a run that has ended, and what its optimizer took; NaN from where it diverged to its last step."""
+    history, state = trainer.state.log_history, trainer.state
+
+    def curve(name: str, every: float | None) -> list[list[float]]:
+        points = {entry["step"]: entry[name] for entry in history if name in entry}
+        steps = int(every or state.max_steps)
+        missing = range(steps, state.max_steps + 1, steps) if diverged and points else ()
+        return [[step, points.get(step, math.nan)] for step in sorted({*points, *missing})]
+
     tensors = [value for entry in trainer.optimizer.state.values() for value in entry.values()]
     sizes = {value.data_ptr(): value.nbytes for value in tensors if torch.is_tensor(value)}
     return {
-        "train_loss": [[entry["step"], entry["loss"]] for entry in history if "loss" in entry],
-        "eval": sorted(map(list, evals.items())),
-        "accuracy": sorted(map(list, accuracies.items())),
+        "train_loss": curve("loss", state.logging_steps),
+        "eval": curve("eval_loss", state.eval_steps),
+        "accuracy": curve("eval_accuracy", state.eval_steps),
         "average": getattr(unwrap_optimizer(trainer.optimizer), "average", 0.0),  # what it was evaluated at
         "peak_bytes": peak_bytes(),
         "state_bytes": sum(sizes.values()),

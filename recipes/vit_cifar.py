@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
-from arms import Arm, grid, stamp
+from arms import Arm, digest, grid, stamp
 from cifar_data import batches, load_cifar, normalize
 from cifar_pipeline import TRAINER_DEFAULTS, CifarArguments, CifarPipeline
 from meta_tasks import train_full
@@ -157,10 +157,10 @@ class Recipe(CifarPipeline):
 
     def train_base(self, recipe: RecipeArguments, args: SL2OTrainingArguments, model: Any, classes: list[int]) -> None:
         """Trains all weights on the classes that the adapters do not see, once and on one process."""
-        key = stamp(recipe.model, recipe.data, recipe.num_classes, recipe.base_steps, args.seed)
+        images, labels = load_cifar(recipe.data, "train", None, classes, num_classes=recipe.num_classes)
+        key = stamp(recipe.model, digest(images, labels), recipe.num_classes, recipe.base_steps, args.seed)
         path, state = self.folder / f"base-{key}.safetensors", PartialState()
         if state.is_main_process and not path.is_file():
-            images, labels = load_cifar(recipe.data, "train", None, classes, num_classes=recipe.num_classes)
 
             def loss(network: nn.Module, batch: Any) -> torch.Tensor:
                 pixels, target = (part.to(args.device) for part in batch)

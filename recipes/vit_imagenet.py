@@ -234,8 +234,16 @@ class Recipe(Pipeline):
             for epoch in itertools.count():
                 self.train_set.set_epoch(seed + epoch)
                 rows = iter(self.train_set)
+                drawn = 0
                 while len(chosen := list(itertools.islice(rows, size))) == size:
                     yield stacked(chosen)
+                    drawn += 1
+                if not drawn:
+                    raise ValueError(f"a batch of {size} images (of all processes) was asked for, and there are fewer")
+        if size > len(self.train_set):
+            raise ValueError(
+                f"a batch of {size} images (of all processes) was asked for, and there are {len(self.train_set)}"
+            )
         generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF)
         while True:
             rows = copy.copy(self.train_set)  # with crops of its own

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import TrainerCallback
 
@@ -16,6 +17,7 @@ from hf_sl2o import (
     SL2OTrainingArguments,
     SubspaceOptimizer,
     Task,
+    TrajectoryCallback,
     train_on,
 )
 from hf_sl2o.optim import average_weight
@@ -320,6 +322,46 @@ def test_trainers_evaluate_and_save_at_the_average_and_train_at_the_last(tmp_pat
     assert trained[0] == pytest.approx(trained[1], abs=1e-5)  # evaluation does not change the run
     others = [entry["eval_loss"] for entry in plain.state.log_history if "eval_loss" in entry]
     assert max(abs(a - b) for a, b in zip(losses, others, strict=True)) > 1e-4
+
+
+class AsksFor(TrainerCallback):
+    """Asks for the end, or a checkpoint, in its own `on_step_end`, as a time limit does."""
+
+    def __init__(self, what, step):
+        self.what, self.step = what, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            setattr(control, self.what, True)
+
+
+@pytest.mark.parametrize("what", ["should_training_stop", "should_save"])
+def test_what_other_callbacks_ask_for_is_at_the_average_and_what_they_record_is_not(tmp_path, what):
+    runs, snapshots = [], []
+    for average in (4.0, 0.0):
+        folder = tmp_path / f"{average:g}"
+        recorder = TrajectoryCallback(folder / "trajectory", every_steps=1)
+        model = tiny_gpt2(seed=0)
+        args = SL2OTrainingArguments(
+            str(folder), max_steps=5, optim="subspace_sgd", learning_rate=20.0, report_to="none", use_cpu=True,
+            sl2o_average=average, disable_tqdm=True, save_strategy="steps", save_steps=100,
+        )  # fmt: skip
+        callbacks = [AsksFor(what, 3), recorder]
+        basis = random_dense(model.named_parameters())
+        trainer = SL2OTrainer(model, args, basis=basis, train_dataset=Tokens(), callbacks=callbacks)
+        trainer.train()
+        files = sorted((folder / "trajectory").glob("snapshot-*"))
+        snapshots.append([load_file(path) for path in files])
+        runs.append(trainer)
+    assert at_average(runs[0].subspace_optimizer)
+    assert runs[0].state.global_step == (3 if what == "should_training_stop" else 5)
+    if what == "should_save":
+        saved = load_file(tmp_path / "4" / "checkpoint-3" / "coefficients.safetensors")["coefficients"]
+        kept = torch.load(tmp_path / "4" / "checkpoint-3" / "optimizer.pt", weights_only=True)["state"][0]
+        assert torch.equal(saved, kept["average"]) and not torch.equal(saved, kept["coefficients"])
+    for averaged, plain in zip(*snapshots, strict=True):
+        for name in plain:
+            torch.testing.assert_close(averaged[name], plain[name], rtol=0, atol=1e-5)
 
 
 def test_stop_and_resume_at_a_checkpoint_is_one_run(tmp_path):

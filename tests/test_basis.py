@@ -199,3 +199,19 @@ def test_construction_errors():
         DenseBasis(layout, [torch.zeros(2, 12), torch.zeros(2, 6), torch.zeros(2, 12)])
     with pytest.raises(ValueError, match="finite and positive"):
         DenseBasis(layout, [good.matrix(i) for i in range(3)], torch.tensor([1.0, 0.0, 1.0, 1.0]))
+
+
+def test_directions_without_units_of_their_own_are_told_apart():
+    layout = Layout.from_named_parameters(torch.nn.Linear(30, 20).named_parameters())
+    one, other = (RandomBasis(layout, 4, seed=seed).to_dense() for seed in (1, 2))
+    assert one.fingerprint != other.fingerprint
+    assert one.fingerprint == RandomBasis(layout, 4, seed=1).to_dense().to(dtype=torch.bfloat16).fingerprint
+
+
+def test_a_saved_basis_with_nan_is_named(tmp_path):
+    layout = Layout.from_named_parameters(torch.nn.Linear(30, 20).named_parameters())
+    basis = RandomBasis(layout, 4).to_dense()
+    basis._matrices[1][2, 3] = float("nan")
+    basis.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'basis.bias' in .* holds NaN or Inf"):
+        Basis.from_pretrained(tmp_path)

@@ -41,6 +41,29 @@ def test_step_never_waits_for_the_device_and_equals_the_cpu():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_that_moves_to_the_device_after_its_optimizer_was_made():
+    for make in (
+        lambda model: SubspaceOptimizer(
+            model.named_parameters(), random_dense(model.named_parameters(), dim=4), rule(), average=4.0
+        ),
+        lambda model: LearnedOptimizer(model.parameters(), rule(), average=4.0),
+    ):
+        ends = []
+        for device in ("cpu", "cuda"):
+            model = net()
+            optimizer = make(model)
+            backward(model, 0)
+            optimizer.step()
+            model.to(device)
+            for step in (1, 2):
+                backward(model, step)
+                optimizer.step()
+            optimizer.use_average()
+            ends.append([p.detach().cpu() for p in model.parameters()])
+        for a, b in zip(*ends, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_capturable_step_in_a_cuda_graph():
     model, twin = net().cuda(), net().cuda()
     optimizer = LearnedOptimizer(model.parameters(), rule(), capturable=True, average=4.0)

@@ -13,8 +13,9 @@ from hf_sl2o import (
     Rule,
     SecondOrder,
 )
+from hf_sl2o.checkpoints import MANIFEST, Checkpoints
 from hf_sl2o.episodes import Episode
-from hf_sl2o.files import load_json
+from hf_sl2o.files import load_json, save_json
 from hf_sl2o.tasks import InnerRun
 
 from .meta_cases import end_of, episodes, exploding_task, make, same, scores, small_rule, two_tasks
@@ -277,3 +278,18 @@ def test_an_estimator_of_the_users_goes_on(tmp_path):
     make(tmp_path / "parts", estimator=Halved(), max_seconds=0.0).train()
     make(tmp_path / "parts", estimator=Halved()).train()
     assert same(end_of(tmp_path / "parts"), end_of(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("name", ["/etc", "../elsewhere", "checkpoint-1/../../elsewhere"])
+def test_a_manifest_cannot_lead_to_another_folder(tmp_path, name):
+    """It may come from anyone, and the checkpoint that it names is deleted in the end."""
+    (tmp_path / "elsewhere").mkdir()
+    checkpoints = Checkpoints(tmp_path / "run", {"seed": 1})
+    checkpoints.write(1, "rule", {"a": torch.zeros(1)})
+    checkpoints.complete(1, {})
+    manifest = load_json(tmp_path / "run" / MANIFEST)
+    save_json(tmp_path / "run" / MANIFEST, {**manifest, "folder": name})
+    for act in (checkpoints.newest, lambda: checkpoints.complete(2, {})):
+        with pytest.raises(ValueError, match="expected checkpoint-NUMBER"):
+            act()
+    assert (tmp_path / "elsewhere").is_dir()

@@ -328,3 +328,36 @@ def test_errors():
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(NotImplementedError, match="sparse=False"):
         LearnedOptimizer(table.parameters(), rule()).step()
+
+
+def test_a_gradient_too_large_to_square_is_skipped():
+    """Its second moment would be infinite, and the next step NaN."""
+    for config in (RuleConfig(), RuleConfig(tensor_scale=True)):
+        model = net()
+        optimizer = LearnedOptimizer(model.parameters(), LSTMRule(config))
+        train(model, optimizer, 1)
+        before = [p.detach().clone() for p in model.parameters()]
+        backward(model, 1)
+        model[0].bias.grad[0] = 3e19
+        optimizer.step()
+        assert equal(before, model.parameters()) and optimizer.skipped_steps == 1
+        assert all(bool(p.isfinite().all()) for p in train(model, optimizer, 1))
+
+
+def test_numbers_that_would_divide_by_zero_are_refused():
+    for options, message in (({"betas": (1.0, 0.99)}, "betas are"), ({"eps": 0.0}, "eps is 0.0")):
+        with pytest.raises(ValueError, match=message):
+            LearnedOptimizer(net().parameters(), rule(), **options)
+    for bad in ({"eps": -1.0}, {"output_scale": float("nan")}, {"bias_correction_offset": -1}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            RuleConfig(**bad)
+
+
+def test_a_run_that_goes_on_for_longer_has_its_own_length():
+    model = net()
+    short = LearnedOptimizer(model.parameters(), rule(), total_steps=10)
+    train(model, short, 1)
+    for own, expected in ((100, 100), (None, 10)):
+        longer = LearnedOptimizer(model.parameters(), rule(), total_steps=own)
+        longer.load_state_dict(copy.deepcopy(short.state_dict()))
+        assert longer.param_groups[0]["total_steps"] == expected

@@ -331,6 +331,83 @@ def test_parameters_outside_are_left_alone_or_trained(caplog):
     assert equal(train(model, again, 2, first=1), train(twin, twin_optimizer, 2, first=1))
 
 
+@pytest.mark.parametrize("outside", ["adamw", "sgd"])
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_a_non_finite_gradient_anywhere_changes_nothing_inside_nor_outside(outside, where):
+    model = net()
+    partial = random_dense(list(model.named_parameters())[:2], dim=3)
+    makers = {"adamw": lambda p: torch.optim.AdamW(p, lr=0.1), "sgd": lambda p: torch.optim.SGD(p, lr=0.1)}
+    optimizer = SubspaceOptimizer(model.named_parameters(), partial, INNERS["adamw"], outside=makers[outside])
+    poisoned = model[0 if where == "inside" else 2].weight
+
+    def poison():
+        backward(model, 9)
+        poisoned.grad[0, 0] = float("nan")
+        optimizer.step()
+
+    poison()  # the first step: there is no state yet
+    assert equal(net().parameters(), model.parameters())
+    train(model, optimizer, 2)
+    weights, state = [p.detach().clone() for p in model.parameters()], copy.deepcopy(optimizer.state_dict()["state"])
+    poison()
+    assert equal(weights, model.parameters()) and optimizer.skipped_steps == 2
+    for index, entry in optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
+            if (index, key) != (0, "step") and not (index < 2 and key == "step"):
+                assert torch.equal(value, state[index][key]), (index, key)
+    twin = net()
+    other = SubspaceOptimizer(twin.named_parameters(), partial, INNERS["adamw"], outside=makers[outside])
+    train(twin, other, 2)
+    assert equal(train(model, optimizer, 2, first=2), train(twin, other, 2, first=2))
+
+
+def test_a_gradient_too_large_to_square_is_skipped():
+    model = net()
+    optimizer = make(model, "lstm")
+    train(model, optimizer, 1)
+    weights = [p.detach().clone() for p in model.parameters()]
+    backward(model, 1)
+    model[2].weight.grad[0, 0] = 1e25
+    optimizer.step()
+    assert equal(weights, model.parameters()) and optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("inner", INNERS)
+def test_what_it_keeps_moves_with_the_model_in_the_middle_of_a_run(inner):
+    ends = []
+    for moves in (False, True):
+        model = net(torch.bfloat16)
+        optimizer = make(model, inner, average=4.0)
+        train(model, optimizer, 2)
+        if moves:
+            optimizer._to(torch.device("cpu"))
+        train(model, optimizer, 2, first=2)
+        optimizer.use_average()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert equal(*ends)
+
+
+def test_a_run_that_goes_on_for_longer_has_its_own_length():
+    lengths = []
+    for own in (100, None):
+        model = net()
+        short = make(model, lambda c: LearnedOptimizer(c, _rule(), total_steps=10))
+        train(model, short, 1)
+        longer = make(model, lambda c, own=own: LearnedOptimizer(c, _rule(), total_steps=own))
+        longer.load_state_dict(copy.deepcopy(short.state_dict()))
+        train(model, longer, 1)
+        lengths.append((longer.param_groups[0]["total_steps"], longer.inner.param_groups[0]["total_steps"]))
+    assert lengths == [(100, 100), (10, 10)]
+
+
+def test_a_frozen_parameter_that_the_basis_moves_is_refused():
+    model = net()
+    basis = random_dense(model.named_parameters(), dim=4)
+    model[0].requires_grad_(False)
+    with pytest.raises(ValueError, match="the basis moves '0.weight', which is frozen \\(2 such"):
+        make(model, basis=basis)
+
+
 def test_loading_coefficients():
     model = net()
     optimizer = make(model)

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -134,8 +136,9 @@ def test_own_learning_rate_is_used_and_said_once(model, saved, tmp_path, caplog)
     assert SL2OTrainingArguments("out", learning_rate=5e-5, use_cpu=True).learning_rate == 5e-5
 
 
-def test_refusals(model, saved, tmp_path):
+def test_refusals(model, saved, tmp_path, monkeypatch):
     basis, rule = saved
+    trainer(model, tmp_path)  # Accelerate has its state
     with pytest.raises(ValueError, match="weight_decay is 0.1"):
         trainer(model, tmp_path, optim="sl2o", weight_decay=0.1).create_optimizer()
     args = TrainingArguments("out", optim="sl2o", use_cpu=True)
@@ -144,12 +147,46 @@ def test_refusals(model, saved, tmp_path):
         setattr(broken, name, value)
         with pytest.raises(NotImplementedError, match=message):
             hf_sl2o.registry.refuse_unsupported(broken)
+    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):  # what `accelerate launch` was told
+        monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", kind)
+        with pytest.raises(NotImplementedError, match="train with DDP"):
+            SubspaceOptimizerFactory()(model, rule=LSTMRule())
+    monkeypatch.undo()
+    for optim, options, message in (
+        ("subspace_adamw", {"basis": basis, "rule": rule}, "subspace_adamw has no rule"),
+        ("sl2o", {"basis": basis, "momentum": 0.9}, "only subspace_sgd takes it"),
+        ("sl2o", {"units": "std"}, "within a basis"),
+        ("sl2o", {"outside": "adamw"}, "within a basis"),
+        ("sl2o", {"max_grad_norm": 1.0}, "clip the gradients themselves"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_optimizer(model.named_parameters(), optim, **options)
     model.transformer.wte.weight = torch.nn.Parameter(torch.zeros(51, 16))
     with pytest.raises(ValueError, match="'transformer.wte.weight' has shape"):
         trainer(model, tmp_path, optim="sl2o", optim_args=f"basis={basis},rule={rule}").create_optimizer()
     for bad in ({"sl2o_units": "m"}, {"sl2o_outside": "sgd"}, {"sl2o_warmup_steps": 10}):
         with pytest.raises(ValueError, match="sl2o_"):
             SL2OTrainingArguments("out", use_cpu=True, **bad)
+
+
+def test_the_users_max_grad_norm_stays_and_the_step_clips(model, saved, tmp_path):
+    basis, _ = saved
+    words = {"optim": "subspace_sgd", "optim_args": f"basis={basis}", "lr_scheduler_type": "constant", "max_steps": 1}
+    ours = trainer(model, tmp_path, max_grad_norm=1e-3, learning_rate=1.0, **words)
+    ours.train()
+    assert ours.args.max_grad_norm == 1e-3
+    assert ours.optimizer.optimizer.coefficients.norm().item() == pytest.approx(1e-3, rel=1e-2)
+    same = copy.copy(ours.args)
+    same.max_grad_norm = 0.0
+    free = Trainer(tiny_gpt2(), same, train_dataset=Tokens())
+    free.train()
+    assert free.optimizer.optimizer.coefficients.norm().item() > 1e-2
+
+
+def test_a_transformers_that_has_moved_what_is_hooked_into_is_named(monkeypatch):
+    monkeypatch.delattr(hf_sl2o.registry.trainer_optimizer, "_OPTIMIZER_HANDLERS")
+    with pytest.raises(ImportError, match="no longer has _OPTIMIZER_HANDLERS.*upgrade hf_sl2o"):
+        hf_sl2o.register()
 
 
 def test_factory_without_registration(model, tmp_path):

@@ -161,6 +161,8 @@ def test_strict_loading(tmp_path):
         ({k: v for k, v in settings["rule"].items() if k != "beta1"}, "lacks the key 'beta1'"),
         ({**settings["rule"], "hidden_size": 16}, "has shape"),
         ({**settings["rule"], "num_layers": 2}, "lacks tensor"),
+        ({**settings["rule"], "beta1": "0.9"}, "is malformed"),
+        ("LSTM", "expected a JSON object"),
         ({**settings["rule"], "expression": "__import__('os')"}, "expected one of"),
     ):
         config.write_text(json.dumps({**settings, "rule": change}))

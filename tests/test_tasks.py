@@ -8,7 +8,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from hf_sl2o import LearnedOptimizer, LSTMRule, RuleConfig, SubspaceOptimizer, train_on
+from hf_sl2o import (
+    Layout,
+    LearnedOptimizer,
+    LSTMRule,
+    RandomBasis,
+    RuleConfig,
+    SubspaceOptimizer,
+    Task,
+    train_on,
+)
 from hf_sl2o.tasks import InnerRun
 
 from .conftest import random_dense
@@ -292,3 +301,18 @@ def test_train_on_gives_its_seed_to_the_batches_and_looks_where_it_is_told():
 def test_an_unknown_schedule_is_refused():
     with pytest.raises(ValueError, match='schedule is \'cosine\', expected "constant" or "linear"'):
         train_on(make_task(), lambda c: torch.optim.SGD(c, lr=0.3), 3, schedule="cosine")
+
+
+def test_a_model_that_comes_in_evaluation_mode_is_trained_with_its_dropout():
+    """As `from_pretrained` returns it."""
+
+    def build():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(30, 20), torch.nn.Dropout(0.5)).eval()
+
+    basis = RandomBasis(Layout.from_named_parameters(build().named_parameters()), dim=4)
+    batch = torch.ones(2, 30)
+    task = Task("dropout", build, lambda seed: [batch] * 4, lambda model, x: model(x).square().mean(), basis, [batch])
+    run = InnerRun(task, seed=0)
+    assert run.model.training and run.gradient()[0] != run.gradient()[0]
+    assert run.evaluate() == run.evaluate() and run.model.training

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
+    EarlyStoppingCallback,
     GPT2LMHeadModel,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -317,6 +318,17 @@ def test_one_run_warms_up_fits_and_goes_on_and_survives_kills(tmp_path, where, s
     resumed = warm(tmp_path / "kill" / "run", resume=True)
     assert equal(weights(whole), weights(resumed))
     assert not equal(weights(whole), weights(warm(tmp_path / "other" / "run", seed=1)))
+
+
+def test_a_warm_up_takes_a_callback_that_stops_early_and_says_first_what_is_wrong(tmp_path):
+    stopper = EarlyStoppingCallback(3)
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+    done = warm(tmp_path / "a", callbacks=[stopper], **options)
+    assert done.state.global_step == 6 and stopper in done.callback_handler.callbacks
+    for bad, error in (({"weight_decay": 0.1}, ValueError), ({"optim_args": "momentum=0.9"}, ValueError)):
+        with pytest.raises(error):
+            warm(tmp_path / "b", **bad)
+        assert not (tmp_path / "b" / "warmup").exists()
 
 
 def test_parameters_outside_the_basis_by_flag(tmp_path):

@@ -1,5 +1,6 @@
 """recipes/vit_cifar.py at toy size: the three subspaces, the official settings, models from a folder, bad flags."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -88,6 +89,27 @@ def test_a_recorded_run_that_diverges_is_one_that_no_other_is_behind(tmp_path):
     assert Basis.from_pretrained(tmp_path / "basis").dim == 3
     with pytest.raises(ValueError, match="every run of adamw diverged"):
         recipe(tmp_path / "none", *flags, "1e30")
+
+
+def test_an_arm_in_the_subspace_that_diverges_ends_as_a_run_that_no_other_is_behind(tmp_path, monkeypatch):
+    """The optimizer raises after three gradients that are not finite; the table is written all the same."""
+    diverging = vit_cifar.Arm("subspace_sgd", vit_cifar.grid(std=(0.1, 1e30)))
+    monkeypatch.setitem(vit_cifar.ARMS, "subspace_sgd", diverging)
+    flags = "--subspace lora --arms adamw subspace_sgd --max_steps 8 --eval_steps 2 --logging_steps 2".split()
+    runs = recipe(tmp_path, *flags)["runs"]
+    assert runs["subspace_sgd"]["learning_rate"] == 0.1 and len(runs["subspace_sgd"]["grid"]) == 2
+    finite, diverged = (curve for _, _, curve in runs["subspace_sgd"]["grid"])
+    assert [step for step, _ in finite] == [step for step, _ in diverged] == [0, 2, 4, 6, 8]
+    assert math.isnan(diverged[-1][1]) and math.isfinite(finite[-1][1])
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("run.json")}
+    recipe(tmp_path, *flags)  # not run again
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+
+
+def test_more_rows_in_a_batch_than_there_are_is_an_error_and_no_endless_loop(tmp_path):
+    words = "--subspace lora --arms sl2o --gradient_accumulation_steps 1000".split()
+    with pytest.raises(RuntimeError, match="a batch of 16000 images"):
+        recipe(tmp_path, *words)
 
 
 def test_a_wider_grid_runs_only_what_is_new(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 logger = logging.getLogger(__name__)
 
 _MAX_SKIPPED_IN_A_ROW = 3
+_NON_FINITE = "held NaN or Inf (or numbers whose squares add up to it)"
 
 Step = TypeVar("Step", float, torch.Tensor)
 
@@ -27,8 +28,9 @@ class NonFiniteGuard:
 
     def record(self, finite: torch.Tensor) -> None:
         """Adds one step; `finite` is a 0-d bool tensor."""
-        if self.counts is None:
-            self.counts = torch.zeros(2, dtype=torch.int64, device=finite.device)
+        if self.counts is None or self.counts.device != finite.device:
+            self.counts = torch.tensor([self.total, 0], dtype=torch.int64, device=finite.device)
+            self._arrived = None
         bad = (~finite).long()  # ()
         self.counts.copy_(torch.stack([self.counts[0] + bad, (self.counts[1] + bad) * bad]))
         if self.counts.is_cuda and self._arrived is None and not torch.cuda.is_current_stream_capturing():
@@ -49,16 +51,54 @@ class NonFiniteGuard:
         total, row = counts.tolist()
         if total > self._warned:
             self._warned = total
-            logger.warning("the gradient held NaN or Inf: step skipped (%d in all, %d in a row)", total, row)
+            logger.warning("the gradient %s: step skipped (%d in all, %d in a row)", _NON_FINITE, total, row)
         if row >= _MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
-                f"the gradient held NaN or Inf in {row} steps in a row; weights and state are those before the first "
-                "of them. Check the loss and the data, or lower the learning rate"
+                f"the gradient {_NON_FINITE} in {row} steps in a row; weights and state are those before the first of "
+                "them. Check the loss and the data, or lower the learning rate"
             )
 
     @property
     def total(self) -> int:
         return 0 if self.counts is None else int(self.counts[0])
+
+
+def is_finite(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Whether all are finite, and their squares add up to a finite number, which second moments need: 0-d, bool."""
+    dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
+    norms = [torch.linalg.vector_norm(gradient, dtype=_at_least_fp32(gradient)) for gradient in dense]
+    return torch.stack(norms).square().isfinite().all()
+
+
+def _at_least_fp32(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class GuardedStep:
+    """Steps a torch optimizer, and undoes that on the device where a 0-d `finite` is false.
+
+    The first step of a parameter reads `finite` on the host: before it there is no state to go back to.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._begun: set[int] = set()
+
+    @torch.no_grad()
+    def __call__(self, finite: torch.Tensor) -> bool:
+        """Returns whether there was a step, undone or not."""
+        state = self.optimizer.state
+        params = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        first = [p for p in params if id(p) not in self._begun and not state[p]]
+        if first and not bool(finite):
+            return False
+        tensors = [value for p in params for value in state[p].values() if torch.is_tensor(value)]
+        before = [(tensor, tensor.detach().clone()) for tensor in (*params, *tensors)]
+        self.optimizer.step()
+        for tensor, value in before:
+            tensor.detach().copy_(torch.where(finite.to(value.device), tensor, value))
+        self._begun.update(map(id, first))
+        return True
 
 
 def load_keeping_dtypes(optimizer: Optimizer, load: Callable[[Any], None], state_dict: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..rule import Rule, RuleState
 from ..rule_config import check_average
-from ._common import NonFiniteGuard, average_weight, check_same, load_keeping_dtypes
+from ._common import NonFiniteGuard, average_weight, check_same, is_finite, load_keeping_dtypes
 
 
 class LearnedOptimizer(Optimizer):
@@ -42,7 +42,8 @@ class LearnedOptimizer(Optimizer):
 
     Raises:
         `TypeError`: `rule` is no rule.
-        `ValueError`: a negative `lr`, `weight_decay` or `average`; an average beside `differentiable=True`.
+        `ValueError`: a negative `lr`, `weight_decay` or `average`, `betas` outside [0, 1), an `eps` that is not
+            positive; an average beside `differentiable=True`.
 
     Example:
 
@@ -78,6 +79,10 @@ class LearnedOptimizer(Optimizer):
             raise ValueError(f"lr is {lr}, expected a number >= 0")
         if weight_decay < 0:
             raise ValueError(f"weight_decay is {weight_decay}, expected a number >= 0")
+        if betas is not None and not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas are {betas}, expected two numbers in [0, 1)")
+        if eps is not None and not eps > 0:
+            raise ValueError(f"eps is {eps}, expected a number > 0: a gradient of zero is divided by it")
         check_average(average)
         if average and differentiable:
             raise ValueError(
@@ -100,8 +105,19 @@ class LearnedOptimizer(Optimizer):
         self.tensor_shapes: list[tuple[int, ...]] | None = None
         self._reset()
         super().__init__(params, defaults)
+        self._device: torch.device | None = None
+        self._follow()
+
+    def _follow(self) -> None:
+        """A model may be moved after its optimizer was made (`Accelerator.prepare`): rule and state go after it."""
         device = self.param_groups[0]["params"][0].device
+        if self._device == device:
+            return
         self.rule.to(device)
+        for p, state in self.state.items():
+            state.update({name: value.to(p.device) for name, value in state.items() if torch.is_tensor(value)})
+        self._device = device
+        self._flat.clear()
 
     def _reset(self) -> None:
         self._flat: dict[tuple[int, ...], RuleState] = {}
@@ -114,6 +130,7 @@ class LearnedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._device = None
         self._reset()  # the flat buffers are made again from the state of each parameter
 
     @property
@@ -136,10 +153,15 @@ class LearnedOptimizer(Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_same("rule", self.rule.fingerprint, state_dict, "rule_fingerprint")
+        total_steps = [group["total_steps"] for group in self.param_groups]
         load_keeping_dtypes(self, super().load_state_dict, state_dict)
+        for group, steps in zip(self.param_groups, total_steps, strict=True):
+            if steps is not None:  # of this run, which may be longer than the one that was saved
+                group["total_steps"] = steps
         for p, state in self.state.items():
             state["step"] = state["step"].detach().clone().to(p.device)
         self._flat = {}
+        self._follow()
         if not self.average and any("last" in state for state in self.state.values()):
             raise ValueError(
                 "the saved weights are at their running average, and this optimizer keeps none; resume with the same "
@@ -206,6 +228,7 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow()
         if any("last" in state for state in self.state.values()):
             raise RuntimeError(
                 "the weights are at their running average, and so is this gradient; call use_last() before the "
@@ -236,7 +259,7 @@ class LearnedOptimizer(Optimizer):
         g = torch.cat([p.grad.reshape(-1).to(state.exp_avg.dtype) for p in params if p.grad is not None])  # (N,)
         if group["maximize"]:
             g = -g
-        finite = torch.isfinite(g).all()  # ()
+        finite = is_finite([g])  # ()
         self._non_finite.record(finite)
         options = {name: group[name] for name in ("betas", "eps", "total_steps")}
         sizes = [math.prod(shape) for p in params for shape in self.tensor_shapes or [p.shape]]

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from ..rule import Rule
 from ..rule_config import check_average
 from ..subspace import Basis
-from ._common import NonFiniteGuard, average_weight, check_same, load_keeping_dtypes
+from ._common import GuardedStep, NonFiniteGuard, average_weight, check_same, is_finite, load_keeping_dtypes
 from .learned import LearnedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -32,9 +32,10 @@ class SubspaceOptimizer(Optimizer):
     optimizer. fp32 weights are moved in place; weights below fp32 are written as anchor + lift(c), rounded once, since
     increments below a bf16 unit would vanish (costs one copy of the weights).
 
-    A step whose gradient holds NaN or Inf changes nothing and is counted; three in a row raise `FloatingPointError`.
-    Weight decay acts on c, towards the anchor. `state_dict` holds a `step` for each parameter and the d-sized tensors
-    under the first one, never the basis. Parameters outside the basis stay as they are unless `outside` is given.
+    A step whose gradient holds NaN or Inf, inside or outside the basis, changes nothing and is counted; three in a row
+    raise `FloatingPointError`. Weight decay acts on c, towards the anchor. `state_dict` holds a `step` for each
+    parameter and the d-sized tensors under the first one, never the basis. Parameters outside the basis stay as they
+    are unless `outside` is given.
 
     Args:
         params: `model.named_parameters()`, checked against the basis by name and shape; or plain tensors in the order
@@ -49,8 +50,8 @@ class SubspaceOptimizer(Optimizer):
             the basis (a new head) in a second param group. By default they are left alone, and named in a warning.
 
     Raises:
-        `ValueError`: the model's names or shapes differ from the basis (the first difference is named); a negative
-            `average`, or one beside `capturable=True`.
+        `ValueError`: the model's names or shapes differ from the basis (the first difference is named); a parameter
+            that the basis moves is frozen; a negative `average`, or one beside `capturable=True`.
         `NotImplementedError`: an inner optimizer that needs a closure (LBFGS), or `differentiable=True`.
 
     Example:
@@ -89,6 +90,11 @@ class SubspaceOptimizer(Optimizer):
         if params and isinstance(params[0], tuple):
             covered, rest = basis.layout.select(params)
             names = list(basis.layout.names)
+            if frozen := [name for name, p in zip(names, covered, strict=True) if not p.requires_grad]:
+                raise ValueError(
+                    f"the basis moves {frozen[0]!r}, which is frozen ({len(frozen)} such parameters); fit a basis "
+                    "without it, or set requires_grad"
+                )
         else:
             basis.layout.check_tensors(params)
             covered = params
@@ -106,7 +112,6 @@ class SubspaceOptimizer(Optimizer):
         self.average = average
         self._mean = torch.zeros_like(c, requires_grad=False) if average else None  # (d,)
         self._at_average = False  # where the weights are
-        self._non_finite = NonFiniteGuard()
         self._building = True
         inner_group = {key: value for key, value in self._inner.param_groups[0].items() if key != "params"}
         inner_group.pop("param_names", None)
@@ -130,6 +135,7 @@ class SubspaceOptimizer(Optimizer):
                 len(rest),
                 rest[0][0],
             )
+        self._reset_guards()
         self._building = False
 
     def _check_inner(self) -> None:
@@ -174,7 +180,30 @@ class SubspaceOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._pending = None
+        self._reset_guards()
+
+    def _reset_guards(self) -> None:
         self._non_finite = NonFiniteGuard()
+        self._step_inner = GuardedStep(self._inner)
+        self._step_outside = None if self._outside is None else GuardedStep(self._outside)
+
+    def _follow(self) -> None:
+        """A model may be moved after its optimizer was made (`Accelerator.prepare`): what is kept here follows."""
+        device = self.param_groups[0]["params"][0].device
+        if self._c.device != device:
+            self._to(device)
+
+    def _to(self, device: torch.device) -> None:
+        self.basis = self.basis.to(device=device)
+        self._delta = self._delta.to(device)
+        self._mean = None if self._mean is None else self._mean.to(device)
+        self._pending = None if self._pending is None else self._pending.to(device)
+        self._anchors = None if self._anchors is None else [anchor.to(device) for anchor in self._anchors]
+        state = self._inner.state_dict()
+        self._inner.param_groups[0]["params"] = [torch.nn.Parameter(self._c.detach().to(device))]
+        self._inner.state.clear()
+        self._inner.load_state_dict(state)  # puts it where the parameter is, and a step where it belongs
+        self._step_inner = GuardedStep(self._inner)
 
     @property
     def _c(self) -> torch.Tensor:
@@ -224,7 +253,11 @@ class SubspaceOptimizer(Optimizer):
         check_same("basis", self.basis.fingerprint, state_dict, "basis_fingerprint")
         if isinstance(self._inner, LearnedOptimizer):
             check_same("rule", self._inner.rule.fingerprint, state_dict, "rule_fingerprint")
+        total_steps = self.param_groups[0].get("total_steps")
         load_keeping_dtypes(self, super().load_state_dict, state_dict)
+        if total_steps is not None:  # of this run, which may be longer than the one that was saved
+            self.param_groups[0]["total_steps"] = total_steps
+        self._follow()
         params = self.param_groups[0]["params"]
         first = self.state[params[0]]
         self._anchors = self._pending = None  # derived from the weights at the next step
@@ -258,6 +291,7 @@ class SubspaceOptimizer(Optimizer):
         """Sets c; with `move_weights` the weights follow, else they are taken to be at `coefficients` already."""
         if coefficients.shape != self._c.shape:
             raise ValueError(f"got coefficients of shape {tuple(coefficients.shape)}, expected {tuple(self._c.shape)}")
+        self._follow()
         coefficients = coefficients.to(self._c)
         if move_weights:
             self._keep_anchors()
@@ -284,6 +318,7 @@ class SubspaceOptimizer(Optimizer):
     def _go(self, to_average: bool) -> None:
         if self._at_average == to_average:
             return
+        self._follow()
         self._keep_anchors()
         before = self._here.clone()
         self._at_average = to_average
@@ -299,6 +334,7 @@ class SubspaceOptimizer(Optimizer):
         gradients = [p.grad for p in self.param_groups[0]["params"]]
         if any(gradient is not None and gradient.is_sparse for gradient in gradients):
             raise NotImplementedError("a gradient is sparse; set sparse=False on the embedding")
+        self._follow()
         return self.basis.project(gradients)
 
     @torch.no_grad()
@@ -345,38 +381,40 @@ class SubspaceOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._outside is not None:
-            self._outside.step()
         group = self.param_groups[0]
-        if all(p.grad is None for p in group["params"]):
+        covered = any(p.grad is not None for p in group["params"])
+        gradients = [p.grad for other in self.param_groups[1:] for p in other["params"] if p.grad is not None]
+        if not covered and not gradients:
             return loss
-        if self._at_average:
+        if covered and self._at_average:
             raise RuntimeError(
                 "the weights are at the average of the coefficients, and so is this gradient; call use_last() before "
                 "the forward pass"
             )
-        inner_group = self._inner.param_groups[0]
-        inner_group.update({key: group[key] for key in inner_group if key not in ("params", "param_names")})
-
-        if self._pending is None:
+        self._follow()
+        if covered and self._pending is None:
             self.clip_projected(self.max_grad_norm)
         g, self._pending = self._pending, None  # (d,)
-        assert g is not None
-        finite = torch.isfinite(g).all()  # ()
+        finite = is_finite(gradients if g is None else [g, *gradients])  # ()
         self._non_finite.record(finite)
-        self._keep_anchors()
-        c, state = self._c, self._inner.state
-        if not state[c] and not bool(finite):  # only before the first update: there is no state to keep
+        if self._step_outside is not None:
+            self._step_outside(finite)
+        if g is not None:
+            self._step_inside(g, finite)
+        if not group.get("capturable"):
             self._non_finite.check()
-            return loss
-        before = {key: value.clone() for key, value in state[c].items() if torch.is_tensor(value)}
+        return loss
+
+    def _step_inside(self, g: torch.Tensor, finite: torch.Tensor) -> None:
+        """Moves c along the projected gradient g of shape `(d,)`, and the weights with it."""
+        group, inner_group = self.param_groups[0], self._inner.param_groups[0]
+        inner_group.update({key: group[key] for key in inner_group if key not in ("params", "param_names")})
+        self._keep_anchors()
+        c = self._c
         c_before = c.detach().clone()
         c.grad = torch.where(finite, g, 0)
-        self._inner.step()
-        # Undoes the inner step where g was not finite, on the device.
-        for key, value in before.items():
-            state[c][key].copy_(torch.where(finite.to(value.device), state[c][key], value))
-        c.copy_(torch.where(finite, c, c_before))
+        if not self._step_inner(finite):
+            return
         self._delta = c.detach() - c_before  # (d,)
         if torch.is_tensor(group["lr"]) or group["lr"] != 0:  # at lr 0 not even the sign of a zero changes
             self._move(self._delta, c.detach())
@@ -385,6 +423,3 @@ class SubspaceOptimizer(Optimizer):
         step += 1
         if self._mean is not None:
             self._mean.lerp_(c.detach(), float(average_weight(step, self.average)))
-        if not group.get("capturable"):
-            self._non_finite.check()
-        return loss

@@ -311,6 +311,17 @@ class DenseBasis(Basis):
     def nbytes(self) -> int:
         return sum(matrix.nbytes for matrix in self._matrices)
 
+    @property
+    def fingerprint(self) -> str:
+        known = super().fingerprint
+        if bool((self.natural_units != self.natural_units[0]).any()):
+            return known
+        # No trajectory's units tell it from another one: its first directions do, as bf16 holds them, so that storage
+        # in another dtype is the same basis.
+        parts = [matrix[:, :16].bfloat16().cpu().contiguous().view(torch.int16) for matrix in self._matrices]
+        digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()[:16]
+        return f"{known}-{digest}"
+
     def _columns(self, index: int, width: int) -> Iterator[tuple[int, int, torch.Tensor]]:
         matrix, compute = self._matrices[index], self.compute_dtype
         if matrix.dtype != compute:
@@ -348,6 +359,9 @@ class DenseBasis(Basis):
             state = "lacks" if different in expected else "has an unknown"
             raise ValueError(f"model.safetensors in {where} {state} tensor {different!r}; restore it from its source")
         matrices = [tensors[f"basis.{name}"] for name in layout.names]
+        for name, tensor in tensors.items():
+            if not all(bool(torch.linalg.vector_norm(row.float()).isfinite()) for row in torch.atleast_2d(tensor)):
+                raise ValueError(f"{name!r} in {where} holds NaN or Inf; restore it from its source")
         if tensors["units"].numel() != config["dim"]:
             raise ValueError(f"{where}: config.json says dim {config['dim']}, the file has {tensors['units'].numel()}")
         return cls(layout, matrices, tensors["units"], tensors["natural_units"], config["spans"], config["provenance"])
