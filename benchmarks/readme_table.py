@@ -24,6 +24,7 @@ BLOCKS = {
     "resnet20": ROOT / "recipes" / "results" / "resnet20_cifar.json",
     "vit-lora": ROOT / "recipes" / "results" / "vit_small_lora_cifar.json",
     "deit-tiny-500": ROOT / "recipes" / "results" / "deit_tiny_500_lora_cifar.json",
+    "deit-tiny-2000": ROOT / "recipes" / "results" / "deit_tiny_2000_lora_cifar.json",
     "deit-tiny": ROOT / "recipes" / "results" / "deit_tiny_lora_cifar.json",
     "gpu": ROOT / "benchmarks" / "results" / "gpu.json",
 }
@@ -159,6 +160,7 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
         f"{arm} " + ", ".join(f"{100 * value:.2f}" for value in run["test_accuracy_per_seed"])
         for arm, run in runs.items()
     )
+    seeds = len(next(iter(runs.values()))["seeds"])
     peak_of = next(iter(result["steps_to_accuracy"])).removesuffix("_best")
     peaks = [max(curve, key=lambda point: point[1])[0] for curve in runs[peak_of]["accuracy_per_seed"]]
     edge = [arm for arm, run in runs.items() if at_edge(run)]
@@ -168,12 +170,13 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
     shared = "" if result["environment"]["device"].startswith("cpu") else ", which several runs shared"
     return (
         table(result)
-        + f"\n\nn = {result['n']:,}, {len(next(iter(runs.values()))['seeds'])} seeds, batches of "
+        + f"\n\nn = {result['n']:,}, {'one seed' if seeds == 1 else f'{seeds} seeds'}, batches of "
         + f"{result['training']['per_device_train_batch_size']}, {result['training']['max_steps']} steps"
         + (f" in the subspace, {recipe['trajectory_steps']} in the full space" if extraction else "")
         + f". Levels on {result['data']['validation']['rows']} validation rows: {'; '.join(levels)}. "
-        + f"{peak_of}'s seeds have their best after {', '.join(map(str, peaks))} steps. "
-        + '"never": at least one seed does not get there. '
+        + f"{peak_of}'s {'seed has its' if seeds == 1 else 'seeds have their'} best after "
+        + f"{', '.join(map(str, peaks))} steps. "
+        + ('"never": at least one seed does not get there. ' if seeds > 1 else "")
         + (
             f"The chosen rate is at the edge of its grid, and a better one may lie outside: {', '.join(edge)}. "
             if edge
@@ -196,6 +199,7 @@ MAKE = {
     "resnet20": vision,
     "vit-lora": vision,
     "deit-tiny-500": vision,
+    "deit-tiny-2000": vision,
     "deit-tiny": vision,
     "gpu": gpu,
     "e2e": e2e,

@@ -268,13 +268,15 @@ def _parse_optim_args(optim_args_str: str | None) -> dict[str, str]:
 
 
 def _create_scheduler(self: trainer.Trainer, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
-    # Here a Trainer knows how long its run is, also where the user gave epochs.
-    for group in getattr(self.optimizer, "param_groups", ()):
-        if "rule_fingerprint" in group and group["total_steps"] is None:
-            group["total_steps"] = num_training_steps
     optimizer = unwrap_optimizer(self.optimizer)
-    if isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer) and optimizer.average:
-        AverageCallback.attach(self)
+    if isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer):
+        # Here a Trainer knows how long its run is, also where the user gave epochs; a second one comes on top.
+        done = next((int(entry["step"]) for entry in optimizer.state.values() if "step" in entry), 0)
+        for group in optimizer.param_groups:
+            if "rule_fingerprint" in group and (done or group["total_steps"] is None):
+                group["total_steps"] = done + num_training_steps
+        if optimizer.average:
+            AverageCallback.attach(self)
     return _theirs["create_scheduler"](self, num_training_steps, *args, **kwargs)
 
 

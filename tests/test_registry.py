@@ -263,3 +263,12 @@ def test_a_rule_that_sees_its_progress_is_told_the_length_of_a_run_in_epochs(tmp
     assert torch.equal(trained(max_steps=steps)[1], epochs)
     half = trained(max_steps=-1, num_train_epochs=1)
     assert half[0] == steps // 2 and not torch.equal(half[1], epochs)
+
+
+@pytest.mark.parametrize("with_basis", [True, False])
+def test_a_second_run_of_the_same_trainer_comes_on_top_of_the_first(tmp_path, saved, with_basis):
+    words = f"rule={saved[1]}" + (f",basis={saved[0]}" if with_basis else "")
+    twice = trainer(tiny_gpt2(), tmp_path, optim="sl2o", optim_args=words, disable_tqdm=True)
+    for total in (3, 6):
+        twice.train()
+        assert twice.optimizer.param_groups[0]["total_steps"] == total
