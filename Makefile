@@ -6,7 +6,7 @@ STAMP := $(VENV)/installed
 TORCH := torch==2.13.0
 WORKERS ?= 2
 
-.PHONY: help test demo lint benchmark clean
+.PHONY: help test demo lint clean
 
 help:
 	@echo "make test    installs into .venv and runs the test suite"

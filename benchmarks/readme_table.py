@@ -115,6 +115,12 @@ def rule(result: dict) -> str:  # type: ignore[type-arg]
             there = [""] * (1 + len(ours)) if steps is None else [cell(steps[of]) for of in (arm, *ours)]
             rate = f"{run['learning_rate']:g}" + (", not tuned" if len(run["grid"]) == 1 else "")
             lines.append(f"| {name} | {arm} | {rate} | {run['final_eval_loss']:.3f} | {' | '.join(there)} |")
+    edge = [
+        f"{arm} ({task})"
+        for task, entry in result["tasks"].items()
+        for arm, run in entry["runs"].items()
+        if len(rates := [lr for lr, _ in run["grid"]]) > 1 and run["learning_rate"] in (min(rates), max(rates))
+    ]
     ratios = [
         f"{level}: {', '.join('not on every task' if value is None else f'{value:.2f}' for value in means.values())}"
         for level, means in ((level, entry["mean_ratios"]) for level, entry in result["summary"].items())
@@ -124,7 +130,9 @@ def rule(result: dict) -> str:  # type: ignore[type-arg]
         f"{result['recipe']['steps']} steps with linear decay, {result['recipe']['seeds']} seeds; a level is reached "
         f"when the mean over seeds is within {100 * (result['recipe']['tolerance'] - 1):.0f} % of it. "
         f"Steps of {', and of '.join(names[arm] for arm in ours)} over the optimizer's own, mean over "
-        f"tasks: {'; '.join(ratios)}. {made_at(result)}.",
+        f"tasks: {'; '.join(ratios)}. "
+        + (f"At the edge of what was run, a better rate may lie outside: {', '.join(edge)}. " if edge else "")
+        + f"{made_at(result)}.",
     ]
     return "\n".join(lines)
 
