@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from arms import Arm, PipelineArguments, grid
+from command_line import run_recipe
 from e2e_data import (
     E2EDataset,
     collate,
@@ -25,7 +26,7 @@ from e2e_data import (
     to_device,
     train_tokenizer,
 )
-from pipeline import Pipeline, run_recipe
+from pipeline import Pipeline
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from hf_sl2o import SL2OTrainingArguments

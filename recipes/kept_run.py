@@ -14,9 +14,9 @@ from accelerate import PartialState
 from arms import Arm
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback, TrainerState
 
-from hf_sl2o import SL2OTrainer, SL2OTrainingArguments
+from hf_sl2o import SL2OTrainer, SL2OTrainingArguments, TrajectoryCallback
 from hf_sl2o.callbacks import unwrap_optimizer
 from hf_sl2o.comparison import peak_bytes, reset_peak
 from hf_sl2o.files import load_json, save_json
@@ -51,6 +51,14 @@ class Clock(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             save_json(self.path, {"key": self.key, "spent": self.spent})
+
+
+class Recorder(TrajectoryCallback):
+    """Records until a run diverges: it ends with a loss that no other run is behind, instead of an error."""
+
+    def _write(self, state: TrainerState, model: nn.Module) -> None:
+        if all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
+            super()._write(state, model)
 
 
 class RecipeTrainer(SL2OTrainer):

@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import math
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,19 +23,16 @@ from arms import (
     PipelineArguments,
     digest,
     grid,
-    leave_processes,
     portable,
     stage,
     stamp,
     training_settings,
 )
-from kept_run import kept_run
+from kept_run import Recorder, kept_run
 from levels import amortised, paid_for_rules, to_accuracies, to_losses
 from meta_stage import copy_rule, meta_train
 from torch import nn
-from transformers import HfArgumentParser, TrainerState
 from transformers.training_args import OptimizerNames
-from transformers.utils.logging import disable_progress_bar
 from tuning import choices, final_loss, over_seeds, search, summary
 
 from hf_sl2o import (
@@ -51,19 +47,10 @@ from hf_sl2o import (
     SymbolicRule,
     Task,
     Trajectory,
-    TrajectoryCallback,
     fit_basis,
 )
 from hf_sl2o.comparison import environment, plot, table
 from hf_sl2o.files import save_json
-
-
-class Recorder(TrajectoryCallback):
-    """Records until a run diverges: it ends with a loss that no other run is behind, instead of an error."""
-
-    def _write(self, state: TrainerState, model: nn.Module) -> None:
-        if all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
-            super()._write(state, model)
 
 
 class Pipeline:
@@ -402,21 +389,3 @@ class Pipeline:
             f"Written: {self.folder / 'comparison.json'}, comparison.png, and checkpoints of each arm."
         )
         return comparison
-
-
-def run_recipe(
-    arguments: type[PipelineArguments],
-    recipe: Callable[[Any, SL2OTrainingArguments], Pipeline],
-    argv: list[str] | None,
-    defaults: Mapping[str, Any],
-    demo: Mapping[str, Any],
-) -> dict[str, Any] | None:
-    """Reads the command line and runs every stage; `defaults` and, with --demo, `demo` are flags the user may set."""
-    parser = HfArgumentParser((arguments, SL2OTrainingArguments))  # type: ignore[arg-type]
-    parser.set_defaults(**defaults)
-    if "--demo" in (sys.argv if argv is None else argv):
-        parser.set_defaults(**demo)
-    disable_progress_bar()
-    comparison = recipe(*parser.parse_args_into_dataclasses(argv)).main()
-    leave_processes()
-    return comparison

@@ -22,9 +22,9 @@ from accelerate import PartialState
 from arms import Arm, grid, stamp
 from cifar_data import ImageSet
 from cifar_pipeline import TRAINER_DEFAULTS, CifarArguments, CifarPipeline
+from command_line import run_recipe
 from networks import Classifier, mobilenet_v2, resnet8, resnet18, resnet20, vgg16
 from p_bfgs import p_bfgs
-from pipeline import run_recipe
 from problems import with_batch_statistics
 from torch import nn
 

@@ -23,8 +23,8 @@ from accelerate import PartialState
 from arms import Arm, digest, grid, stamp
 from cifar_data import batches, load_cifar, normalize
 from cifar_pipeline import TRAINER_DEFAULTS, CifarArguments, CifarPipeline
+from command_line import run_recipe
 from meta_tasks import train_full
-from pipeline import run_recipe
 from problems import Problem
 from safetensors.torch import load_file
 from torch import nn

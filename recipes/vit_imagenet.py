@@ -25,8 +25,9 @@ from typing import Any, ClassVar
 import torch
 from arms import Arm, PipelineArguments, grid, stamp
 from cifar_pipeline import TRAINER_DEFAULTS, Epoch, accuracy, rule_arms
+from command_line import run_recipe
 from PIL import Image
-from pipeline import Pipeline, run_recipe
+from pipeline import Pipeline
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 

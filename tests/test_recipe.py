@@ -1,12 +1,15 @@
 """recipes/gpt2_e2e.py at toy size: all stages and arms, kills and restarts, every subspace, bad data."""
 
+import copy
 import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import arms
 import kept_run
 import meta_stage
 import pipeline
@@ -15,8 +18,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from hf_sl2o import Rule
+from hf_sl2o import Rule, SL2OTrainingArguments
 from hf_sl2o.comparison import mean_steps_to, steps_to, table
+from hf_sl2o.files import load_json
 from recipes import gpt2_e2e
 from recipes.e2e_data import E2EDataset, collate, load_rows, train_tokenizer
 from recipes.e2e_embedded import write_csv
@@ -135,6 +139,24 @@ def test_killed_anywhere_it_goes_on_to_the_same_result(finished, tmp_path, monke
     assert kills == 4
     monkeypatch.setattr(kept_run, "Bar", original)
     assert timeless(recipe(tmp_path, "--seeds", "2")) == timeless(result)
+
+
+def test_the_seconds_of_a_run_that_is_gone_on_with_count_on(tmp_path):
+    path, process = tmp_path / "run.json", SimpleNamespace(is_world_process_zero=True)
+    kept_run.Clock(path, "key", 1000.0).on_save(None, process, None)
+    known = load_json(path)
+    assert known["key"] == "key" and 1000 < known["spent"] < 1100
+    assert kept_run.Clock(path, "key", known["spent"]).spent > known["spent"] > kept_run.Clock(path, "key", 0.0).spent
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"weight_decay": 0.1}, {"label_smoothing_factor": 0.1}, {"data_seed": 3}, {"lr_scheduler_kwargs": {"a": 1}}],
+)
+def test_what_changes_a_run_is_in_the_key_it_is_kept_by(change):
+    plain, other = (SL2OTrainingArguments("out", use_cpu=True, **options) for options in ({}, change))
+    assert arms.stamp(arms.training_settings(plain)) != arms.stamp(arms.training_settings(other))
+    assert arms.stamp(arms.training_settings(plain)) == arms.stamp(arms.training_settings(copy.deepcopy(plain)))
 
 
 @pytest.mark.parametrize("subspace", ["pca-lora", "lora", "random"])

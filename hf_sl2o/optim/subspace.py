@@ -5,7 +5,6 @@ n parameters covered, d coefficients c, theta = theta_0 + lift(c), g = project(g
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,6 +16,7 @@ from ..rule import Rule
 from ..rule_config import check_average
 from ..subspace import Basis
 from ._common import GuardedStep, NonFiniteGuard, average_weight, check_same, is_finite, load_keeping_dtypes
+from ._inner import anchors_of, check_inner, check_trainable
 from .learned import LearnedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -90,11 +90,7 @@ class SubspaceOptimizer(Optimizer):
         if params and isinstance(params[0], tuple):
             covered, rest = basis.layout.select(params)
             names = list(basis.layout.names)
-            if frozen := [name for name, p in zip(names, covered, strict=True) if not p.requires_grad]:
-                raise ValueError(
-                    f"the basis moves {frozen[0]!r}, which is frozen ({len(frozen)} such parameters); fit a basis "
-                    "without it, or set requires_grad"
-                )
+            check_trainable(names, covered)
         else:
             basis.layout.check_tensors(params)
             covered = params
@@ -102,7 +98,7 @@ class SubspaceOptimizer(Optimizer):
         self.max_grad_norm = max_grad_norm
         c = torch.nn.Parameter(torch.zeros(basis.dim, dtype=basis.compute_dtype, device=covered[0].device))
         self._inner = LearnedOptimizer([c], inner) if isinstance(inner, Rule) else inner([c])
-        self._check_inner()
+        check_inner(self._inner)
         if isinstance(self._inner, LearnedOptimizer):
             self._inner.tensor_shapes = self.basis.tensor_shapes
         self._outside: Optimizer | None = None
@@ -137,22 +133,6 @@ class SubspaceOptimizer(Optimizer):
             )
         self._reset_guards()
         self._building = False
-
-    def _check_inner(self) -> None:
-        name = type(self._inner).__name__
-        if not isinstance(self._inner, Optimizer):
-            raise TypeError(f"inner returned a {name}, expected a torch.optim.Optimizer over the list it was given")
-        closure = inspect.signature(type(self._inner).step).parameters.get("closure")
-        if isinstance(self._inner, torch.optim.LBFGS) or (
-            closure is not None and closure.default is inspect.Parameter.empty
-        ):
-            raise NotImplementedError(
-                f"{name} evaluates a closure several times a step, which a basis cannot do; use SGD, AdamW or a rule"
-            )
-        if self._inner.defaults.get("differentiable"):
-            raise NotImplementedError("differentiable=True is not supported here; meta-train with hf_sl2o.meta.unroll")
-        if len(self._inner.param_groups) != 1:
-            raise ValueError("inner must have exactly one param group, the list it was given")
 
     def _share_outside(self) -> None:
         # Both optimizers then read and write the same state and the same group: schedulers and checkpoints just work.
@@ -358,14 +338,8 @@ class SubspaceOptimizer(Optimizer):
         return norm
 
     def _keep_anchors(self) -> None:
-        """Remembers theta_0 of the weights below fp32: what the weights are, less what c has moved."""
         if self._anchors is None:
-            params = self.param_groups[0]["params"]
-            if all(p.dtype == self.basis.compute_dtype for p in params):
-                self._anchors = []
-            else:
-                self._anchors = [p.detach().clone() for p in params]
-                self.basis.assign_(self._anchors, self._anchors, -self._here)
+            self._anchors = anchors_of(self.param_groups[0]["params"], self.basis, self._here)
 
     def _move(self, delta: torch.Tensor, coefficients: torch.Tensor) -> None:
         params = self.param_groups[0]["params"]
