@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 
-from .checkpoints import under
+from .checked import check_flag, check_integer, shown
+from .checkpoints import REMEDY, check_like, under
 from .estimators import Carry, Estimator
-from .files import load_tensors, open_tensors
+from .files import load_metadata, load_tensors, parse_json
 from .meta_arguments import MetaTrainingArguments
 from .rule import Rule
 from .tasks import InnerRun, Task, schedule_factor
 
 logger = logging.getLogger(__name__)
+
+# Batches that an estimator may draw in a step; a file that says more is false.
+_MOST_BATCHES = 1000
 
 
 class Episode:
@@ -117,11 +121,45 @@ class Episode:
         return {"episode": json.dumps([self.done, self.diverged, self.first, self.mean, self.seconds])}
 
     def load(self, path: Path) -> None:
-        """Goes to where it was saved."""
-        with open_tensors(path) as file:
-            numbers = json.loads(file.metadata()["episode"])
-        self.done, self.diverged, self.first, self.mean, self.seconds = numbers
+        """Goes to where it was saved.
+
+        What the estimator carries is compared with what it now begins with, where `begin` was called before.
+
+        Raises:
+            `ValueError`: the file is damaged, or of another episode: tensors, shapes or dtypes differ.
+        """
         tensors = load_tensors(path)
-        self.carry = {name: value.to(self.runs[0].device) for name, value in under(tensors, "carry.").items()}
+        done, diverged, first, mean, seconds = self._numbers_in(path)
+        runs, carry = under(tensors, "run."), under(tensors, "carry.")
+        expected = {
+            f"{i}.{name}": value for i, run in enumerate(self.runs) for name, value in run.state_dict().items()
+        }
+        of_gpus = {name for name in runs if ".rng." in name and name not in expected}  # saved where there was one
+        check_like({name: value for name, value in runs.items() if name not in of_gpus}, expected, str(path))
+        check_like({name: value for name, value in carry.items() if name in self.carry}, self.carry, str(path))
+        for i in range(len(self.runs)):
+            drawn = int(runs[f"{i}.drawn"])
+            if not 0 <= drawn <= _MOST_BATCHES * max(done, 1):
+                raise ValueError(f"{path} says that {drawn} batches were drawn in {done} steps; {REMEDY}")
+            try:
+                torch.Generator().set_state(runs[f"{i}.rng.0"])
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(f"{path} holds no state of random numbers ({error}); {REMEDY}") from error
+        self.done, self.diverged, self.first, self.mean, self.seconds = done, diverged, first, mean, seconds
+        self.carry = {name: value.to(self.runs[0].device) for name, value in carry.items()}
         for i, run in enumerate(self.runs):
-            run.load_state_dict(under(tensors, f"run.{i}."))
+            run.load_state_dict(under(runs, f"{i}."))
+
+    def _numbers_in(self, path: Path) -> tuple[int, bool, float, float, float]:
+        """What `numbers` wrote."""
+        text = load_metadata(path).get("episode", "nothing")
+        try:
+            done, diverged, *floats = parse_json(text)
+            check_integer("done", done, 0, self.steps)
+            check_flag("diverged", diverged)
+            first, mean, seconds = floats
+            if not all(type(value) is float for value in floats):
+                raise ValueError("a loss is no float")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} says {shown(text)} of its episode ({error}); {REMEDY}") from error
+        return done, diverged, first, mean, seconds

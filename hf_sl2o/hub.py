@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -9,7 +11,20 @@ import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from .files import check_sha256, json_writer, load_json, load_tensors, sha256_of, tensor_writer, write_atomically
+from .checked import shown
+from .files import (
+    CHECKSUM,
+    check_finite,
+    check_seal,
+    checksum_of,
+    json_writer,
+    load_json,
+    load_tensors,
+    sealed,
+    sha256_of,
+    tensor_writer,
+    write_atomically,
+)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -30,6 +45,10 @@ subspace (SL2O, Chen et al., ECCV 2022). The two files hold numbers and settings
 {{ details }}
 """
 
+# The last line of a card: a card that still has its checksum is ours, and nobody added to it.
+_MADE = "<!-- hf_sl2o wrote this card; it is kept once you change it. {} -->\n"
+_SHA256 = re.compile("[0-9a-f]{64}")
+
 T = TypeVar("T", bound="HubFiles")
 
 
@@ -45,6 +64,11 @@ class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-opt
         """Makes the object; raises `ValueError` on anything unknown or missing."""
         raise NotImplementedError
 
+    @staticmethod
+    def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+        """Returns what config.json's checksum covers: all of it; a class leaves out keys that files may lack."""
+        return config
+
     def card(self) -> dict[str, str]:
         """Returns title, summary, usage and details of the model card."""
         raise NotImplementedError
@@ -59,21 +83,26 @@ class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-opt
         config: Any = None,
         **push_to_hub_kwargs: Any,
     ) -> str | None:
-        """Writes config.json, model.safetensors and, unless there is one, README.md.
+        """Writes config.json, model.safetensors and README.md, unless there is one that somebody wrote or changed.
 
         A full disk or a kill while they are written leaves what was there before; one between two renames leaves files
         that do not load, and say so. `config` is ignored, it is part of the mixin's signature.
 
         Returns:
             The URL of the commit with `push_to_hub=True`, else None.
+
+        Raises:
+            `ValueError`: a setting is NaN or Infinity (named); it could not be loaded again.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         settings, tensors = self.to_files()
+        check_finite(folder / CONFIG, settings)
         weights = tensor_writer(tensors)
 
         def write_config(path: str) -> None:  # runs second, when the temporary weights are complete
-            json_writer({**settings, "sha256": digest[0]})(path)
+            known = {**settings, "sha256": digest[0]}
+            json_writer({**known, CHECKSUM: sealed(self.settings_of(known))[CHECKSUM]})(path)
 
         digest: list[str] = []
 
@@ -82,8 +111,10 @@ class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-opt
             digest.append(sha256_of(path))
 
         write_atomically({folder / WEIGHTS: write_weights, folder / CONFIG: write_config})
-        if not (folder / "README.md").exists():
-            self.generate_model_card(**{**self.card(), **(model_card_kwargs or {})}).save(folder / "README.md")
+        if _is_ours(folder / "README.md"):
+            card = str(self.generate_model_card(**{**self.card(), **(model_card_kwargs or {})})).rstrip("\n") + "\n"
+            text = card + _MADE.format(hashlib.sha256(card.encode()).hexdigest())
+            write_atomically({folder / "README.md": lambda path: Path(path).write_bytes(text.encode())})
         if push_to_hub:
             return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
         return None
@@ -131,11 +162,28 @@ class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-opt
                     f"({type(error).__name__}: {str(error).strip().splitlines()[0]}); check the path, or log in with "
                     "`hf auth login` for a private repository"
                 ) from error
-        config = load_json(paths[CONFIG])
-        if not isinstance(config, dict):
-            raise ValueError(f"{paths[CONFIG]} holds no JSON object; restore it from where it came from")
-        check_sha256(paths[WEIGHTS], config.pop("sha256", None))
-        return cls.from_files(config, load_tensors(paths[WEIGHTS]), where=str(paths[CONFIG].parent))
+        return cls._from_paths(paths[CONFIG], paths[WEIGHTS])
+
+    @classmethod
+    def _from_paths(cls: type[T], settings: Path, weights: Path) -> T:
+        """What is wrong in itself is named first; then a change that leaves all well-formed."""
+        config = load_json(settings, dict)
+        sha256 = config.get("sha256", "")
+        if sha256 != "" and not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
+            raise ValueError(
+                f'{settings} has "sha256": {shown(sha256)}, expected the 64 hexadecimal digits of {WEIGHTS}; restore '
+                "both files from one source"
+            )
+        tensors = load_tensors(weights, sha256=sha256 or None)
+        rest = {key: value for key, value in config.items() if key not in ("sha256", CHECKSUM)}
+        made = cls.from_files(rest, tensors, where=str(settings.parent))
+        check_finite(settings, config)
+        remedy = "restore it, or load it as it was, change it in Python and save it again"
+        check_seal(settings, cls.settings_of(config), remedy)
+        for key, needed in (("sha256", True), (CHECKSUM, checksum_of(weights) is not None)):
+            if needed and key not in config:
+                raise ValueError(f"{settings} lacks the key {key!r}; restore it from where it came from")
+        return made
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -181,3 +229,15 @@ def take(config: dict[str, Any], keys: set[str], where: str) -> dict[str, Any]:
     for key in sorted(keys - set(config)):
         raise ValueError(f"config.json in {where} lacks the key {key!r}; restore it from where it came from")
     return config
+
+
+def _is_ours(card: Path) -> bool:
+    """Whether a card may be written: there is none, or the one there is as it was written."""
+    if not card.exists():
+        return True
+    try:
+        text = card.read_bytes().decode()
+    except (OSError, UnicodeDecodeError):
+        return False
+    body, mark, end = text.rpartition(_MADE.partition("{}")[0])
+    return bool(mark) and end == _MADE.format(hashlib.sha256(body.encode()).hexdigest()).removeprefix(mark)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
+from .checked import check_integer, check_number, shown
 from .tasks import schedule_factor
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ class MetaTrainingArguments:
     )
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         if self.unroll_length < 2:
             raise ValueError(
                 f"unroll_length is {self.unroll_length}, expected at least 2: losses are taken before each update, "
@@ -87,10 +89,6 @@ class MetaTrainingArguments:
             if rest := n % self.unroll_length:
                 last = f"the last window has {rest} steps" if rest > 1 else "the last step is left out"
                 logger.warning("inner_steps %d is not a multiple of unroll_length %d: %s", n, self.unroll_length, last)
-        if min(self.meta_epochs, self.eval_every, self.episodes_per_task, self.save_steps, self.logging_steps) < 1:
-            raise ValueError(
-                "meta_epochs, eval_every, episodes_per_task, save_steps and logging_steps must be at least 1"
-            )
         if self.meta_lr_scheduler_type not in ("constant", "cosine"):
             raise ValueError(
                 f'meta_lr_scheduler_type is {self.meta_lr_scheduler_type!r}, expected "constant" or "cosine"'
@@ -100,6 +98,30 @@ class MetaTrainingArguments:
         schedule_factor(self.lr_scheduler_type, 0, 1)
         if self.mixed_precision not in (None, "no", "bf16"):
             raise ValueError(f'mixed_precision is {self.mixed_precision!r}, expected "no" or "bf16"')
+
+    def _check_numbers(self) -> None:
+        """Raises `ValueError` on a number of another type or range, NaN and Inf included; names it."""
+        check_integer("unroll_length", self.unroll_length, -(1 << 53))  # its own sentence says why at least 2
+        check_integer("inner_steps", self.inner_steps)
+        if not isinstance(self.curriculum, list | tuple):
+            raise ValueError(f"curriculum is {shown(self.curriculum)}, expected a list of steps")
+        for steps in self.curriculum:
+            check_integer("one of the curriculum's steps", steps)
+        for name in ("meta_epochs", "eval_every", "episodes_per_task", "save_steps", "logging_steps"):
+            check_integer(name, getattr(self, name), -(1 << 53))
+        if min(self.meta_epochs, self.eval_every, self.episodes_per_task, self.save_steps, self.logging_steps) < 1:
+            raise ValueError(
+                "meta_epochs, eval_every, episodes_per_task, save_steps and logging_steps must be at least 1"
+            )
+        check_integer("seed", self.seed, 0, (1 << 32) - 1)
+        check_number("meta_learning_rate", self.meta_learning_rate, above=0)
+        check_number("learning_rate", self.learning_rate, above=0)
+        check_number("max_grad_norm", self.max_grad_norm, least=0)
+        check_number("divergence_factor", self.divergence_factor, above=0)
+        check_number("random_scaling", self.random_scaling, least=0, most=40)  # e^40 squared is still in fp32
+        check_number("process_timeout", self.process_timeout, above=0, most=1e9)
+        if self.max_seconds is not None:
+            check_number("max_seconds", self.max_seconds, least=0)
 
     def steps_at(self, epoch: int) -> int:
         """N of a meta-epoch."""

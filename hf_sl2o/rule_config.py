@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .checked import check_flag, check_integer, check_number, shown
 
 # Choices that the first saved rules did not have to make.
 ADDED_LATER: dict[str, Any] = {
@@ -25,9 +26,14 @@ EXPRESSIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 }
 
 
+# The most units or layers of a network: what is made of them can be counted without overflow.
+_LARGEST = 1 << 24
+_FLOAT32 = torch.finfo(torch.float32)
+
+
 def check_average(average: float) -> None:
-    if not average >= 0:
-        raise ValueError(f"average is {average}, expected a number > 0, or 0 for no average")
+    """Raises `ValueError` unless `average` is a finite number of at least 0; 0 is no average."""
+    check_number("average", average, least=0)
 
 
 @dataclass(frozen=True)
@@ -102,9 +108,12 @@ class RuleConfig:
     )
 
     def __post_init__(self) -> None:
+        if not isinstance(self.momenta, list | tuple):
+            raise ValueError(f"momenta are {shown(self.momenta)}, expected a list of values in [0, 1)")
         object.__setattr__(self, "momenta", tuple(self.momenta))  # JSON has lists
+        self._check_numbers()
         if self.inputs not in ("normalized", "gradient"):
-            raise ValueError(f'inputs is {self.inputs!r}, expected "normalized" or "gradient"')
+            raise ValueError(f'inputs is {shown(self.inputs)}, expected "normalized" or "gradient"')
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"betas are {self.beta1} and {self.beta2}, expected values in [0, 1)")
         if any(not 0 <= beta < 1 for beta in self.momenta) or (self.momenta and self.inputs != "normalized"):
@@ -112,27 +121,34 @@ class RuleConfig:
         for name in ("tensor_scale", "agreement"):
             if getattr(self, name) and self.inputs != "normalized":
                 raise ValueError(f'{name} adds to inputs "normalized", and inputs is {self.inputs!r}')
-        if self.hidden_size < 1 or self.num_layers < 1 or self.embed_size < 0:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} and num_layers {self.num_layers} must be at least 1, "
-                f"embed_size {self.embed_size} at least 0"
-            )
-        if not (self.eps > 0 and math.isfinite(self.eps) and math.isfinite(self.output_scale)):
-            raise ValueError(
-                f"eps is {self.eps} and output_scale {self.output_scale}, expected finite numbers, eps above 0"
-            )
-        if self.bias_correction_offset < 0 or self.reset_cell_every < 0:
-            raise ValueError(
-                f"bias_correction_offset {self.bias_correction_offset} and reset_cell_every {self.reset_cell_every} "
-                "must be at least 0"
-            )
-        if self.log_sign is not None and self.log_sign <= 0:
-            raise ValueError(f"log_sign is {self.log_sign}, expected a positive number or None")
-        if self.base_width < 0:
-            raise ValueError(f"base_width is {self.base_width}, expected the width of a network, or 0")
-        check_average(self.average)
         if self.expression is not None and self.expression not in EXPRESSIONS:
-            raise ValueError(f"expression is {self.expression!r}, expected one of {sorted(EXPRESSIONS)}")
+            raise ValueError(f"expression is {shown(self.expression)}, expected one of {sorted(EXPRESSIONS)}")
+
+    def _check_numbers(self) -> None:
+        """Raises `ValueError` on a number of another type, NaN, Inf, or one that fp32 cannot compute with."""
+        for name in ("inputs", "expression"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"{name} is {shown(getattr(self, name))}, expected a string")
+        for name in ("squash", "progress", "tensor_scale", "agreement"):
+            check_flag(name, getattr(self, name))
+        for name, least, most in (
+            ("embed_size", 0, _LARGEST),
+            ("hidden_size", 1, _LARGEST),
+            ("num_layers", 1, _LARGEST),
+            ("base_width", 0, _LARGEST),
+            ("bias_correction_offset", 0, _LARGEST),
+            ("reset_cell_every", 0, 1 << 53),
+        ):
+            check_integer(name, getattr(self, name), least, most)
+        check_number("beta1", self.beta1)
+        check_number("beta2", self.beta2)
+        for beta in self.momenta:
+            check_number("one of the momenta", beta)
+        check_number("eps", self.eps, least=_FLOAT32.tiny, most=_FLOAT32.max)
+        check_number("output_scale", self.output_scale, least=-_FLOAT32.max, most=_FLOAT32.max)
+        if self.log_sign is not None:
+            check_number("log_sign", self.log_sign, above=0, most=80)  # e^80 is about as large as fp32 holds
+        check_average(self.average)
 
     @classmethod
     def preset(cls, name: str, *, published_quirks: bool = False) -> RuleConfig:
@@ -188,8 +204,3 @@ class RuleConfig:
         """Numbers per coordinate that reach the network."""
         gradients = (2 if self.inputs == "normalized" else 1) + len(self.momenta) + 2 * self.tensor_scale
         return gradients * (1 if self.log_sign is None else 2) + self.progress + self.agreement
-
-    @property
-    def sees_tensors(self) -> bool:
-        """Whether the rule sees numbers of a coordinate's tensor."""
-        return self.tensor_scale or self.agreement

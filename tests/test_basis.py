@@ -59,12 +59,12 @@ def test_missing_gradients_count_as_zero_and_add_works_in_place():
     torch.testing.assert_close(flat(x) - flat(before), flat(basis.lift(c)), rtol=0, atol=1e-6)
 
 
-def test_assign_rounds_bf16_once():
+def test_a_move_rounds_bf16_once():
     basis = random_dense(parameters(), dim=4)
     anchors = [p.detach().bfloat16() for _, p in parameters()]
     weights = [a.clone() for a in anchors]
     c = torch.full((4,), 1e-3)
-    basis.assign_(weights, anchors, 100 * c)
+    basis.add_(weights, 100 * c)
     exact = flat(anchors) + flat(basis.lift(100 * c))
     assert torch.equal(flat(weights), exact.bfloat16().double())
     for _ in range(100):  # the same distance in small increments gets lost

@@ -1,6 +1,7 @@
 """fit_basis against scikit-learn and torch.linalg; trajectories that survive what disks and users do."""
 
 import errno
+import json
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from sklearn.decomposition import PCA, TruncatedSVD
 from torch import nn
 
-from hf_sl2o import Trajectory, files, fit_basis
+from hf_sl2o import Basis, Trajectory, files, fit_basis
 from hf_sl2o.subspace import pca
+from hf_sl2o.subspace.basis import start_sample
 
 NAMES = {"emb.weight": (7, 4), "h.0.w": (4, 3), "h.0.b": (3,), "h.1.w": (3, 5), "h.1.scale": ()}
 
@@ -164,3 +166,87 @@ def test_full_disk_keeps_what_was_recorded(trajectory, monkeypatch):
     monkeypatch.undo()
     again = Trajectory(recorded.folder)
     assert again.steps == list(range(12)) and fit_basis(again, 5, progress=False).dim == 5
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda data: list(data), "holds a JSON list, expected an object"),
+        (lambda data: {**data, "steps": ["0", "1"]}, "expected a list of integers of at least 0"),
+        (lambda data: {**data, "steps": [-1, 0]}, "expected a list of integers of at least 0"),
+        (lambda data: {**data, "steps": [0, 0, 1]}, "lists a step twice"),
+        (lambda data: {**data, "steps": None}, "expected a list of integers"),
+        (lambda data: {"steps": data["steps"]}, "layout in .* is malformed"),
+        (lambda data: {**data, "layout": {**data["layout"], "names": [1, 2, 3, 4, 5]}}, "expected a list of strings"),
+        (lambda data: {**data, "layout": {**data["layout"], "shapes": [[-3]] * 5}}, "lists of integers of at least 0"),
+        (lambda data: {**data, "layout": {**data["layout"], "shapes": [[1 << 40] * 2] * 5}}, "scalars"),
+        (lambda data: {**data, "layout": {**data["layout"], "shapes": [[2]] * 4}}, "one shape a name"),
+        (lambda data: {**data, "steps": [0, 1]}, 'damaged or changed.*remove its "checksum"'),
+    ],
+)
+def test_a_manifest_of_another_shape_is_named(trajectory, change, message):
+    recorded, _ = trajectory
+    data = json.loads(recorded.manifest.read_text())
+    recorded.manifest.write_text(json.dumps(change(data)))
+    with pytest.raises(ValueError, match=f"trajectory.json.*{message}|{message}.*"):
+        Trajectory(recorded.folder)
+    older = {key: value for key, value in data.items() if key != "checksum"}
+    recorded.manifest.write_text(json.dumps({**older, "steps": [0, 1, 2]}))  # by hand, or of an earlier version
+    assert Trajectory(recorded.folder).steps == [0, 1, 2]
+
+
+def test_what_no_direction_can_be_fitted_to_is_refused(trajectory, tmp_path):
+    recorded, _ = trajectory
+    for dtype in (torch.int32, torch.complex64, torch.bool):
+        with pytest.raises(ValueError, match=f"dtype is {dtype}, expected one of"):
+            fit_basis(recorded, 3, dtype=dtype, progress=False)
+    with pytest.raises(ValueError, match="dim is 2.5, expected an integer"):
+        fit_basis(recorded, 2.5, progress=False)
+    wave = [("w", nn.Parameter(torch.zeros(3))), ("wave", nn.Parameter(torch.ones(3, dtype=torch.complex64)))]
+    with pytest.raises(ValueError, match="'wave' is complex"):
+        Trajectory(tmp_path / "complex").write(0, wave)
+    assert len(Trajectory(tmp_path / "complex")) == 0
+    tensors = load_file(recorded.path(3))
+    save_file({**tensors, "h.0.b": tensors["h.0.b"].int()}, recorded.path(3))
+    with pytest.raises(ValueError, match="snapshot-000000003.*'h.0.b' of dtype I32, expected a float one"):
+        fit_basis(recorded, 3, progress=False)
+
+
+def test_a_changed_or_exchanged_snapshot_is_refused(trajectory):
+    recorded, _ = trajectory
+    whole = recorded.path(4).read_bytes()
+    recorded.path(4).write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+    with pytest.raises(ValueError, match="snapshot-000000004.*its checksum is"):
+        fit_basis(recorded, 3, progress=False)
+    recorded.path(4).write_bytes(recorded.path(5).read_bytes())
+    with pytest.raises(ValueError, match="snapshot-000000004.*holds the snapshot of step 5"):
+        fit_basis(recorded, 3, progress=False)
+    recorded.path(4).write_bytes(whole)
+    assert fit_basis(recorded, 3, progress=False).dim == 3
+
+
+def test_a_basis_knows_where_its_trajectory_began_and_ended(trajectory, tmp_path):
+    recorded, walk = trajectory
+    basis = fit_basis(recorded, 3, steps=[2, 5, 7, 8, 9], progress=False)
+    assert basis.start.shape == (2, len(NAMES), 16) and basis.start.dtype == torch.float32
+    for row, step in enumerate((0, 9)):
+        torch.testing.assert_close(basis.start[row, 0], torch.from_numpy(walk[step, :16]).float())
+        assert basis.start[row, 4].tolist() == [pytest.approx(walk[step, -1]), *[0.0] * 15]  # a scalar, padded
+    for other in (basis.to(dtype=torch.bfloat16), basis.with_units("orthonormal")):
+        assert torch.equal(other.start, basis.start)
+    basis.save_pretrained(tmp_path / "basis")
+    loaded = Basis.from_pretrained(tmp_path / "basis")
+    assert torch.equal(loaded.start, basis.start) and loaded.fingerprint == basis.fingerprint
+    moved = type(basis)(basis.layout, basis._matrices, basis.units, start=basis.start + 1)
+    assert moved.fingerprint == type(basis)(basis.layout, basis._matrices, basis.units).fingerprint
+
+
+def test_start_samples_are_the_first_entries_whatever_the_memory():
+    tensors = [torch.randn(3, 4, 5, 6), torch.randn(2, 3), torch.tensor(7.0), torch.zeros(0, 4), torch.randn(40)]
+    sample = start_sample(tensors)
+    for row, tensor in zip(sample, tensors, strict=True):
+        first = tensor.reshape(-1)[:16]
+        assert torch.equal(row[: len(first)], first) and not row[len(first) :].any()
+    other = [tensors[0].to(memory_format=torch.channels_last), tensors[1].T.contiguous().T, *tensors[2:]]
+    assert torch.equal(start_sample(other), sample)
+    assert torch.equal(start_sample([tensors[1].bfloat16()])[0, :6], tensors[1].bfloat16().float().reshape(-1))

@@ -1,6 +1,7 @@
 """Linear algebra on parameter lists: layouts, bases and how to fit them. Knows no optimizer and no Trainer."""
 
-from .basis import Basis, DenseBasis
+from .basis import Basis
+from .dense import DenseBasis
 from .identity import IdentityBasis
 from .layout import Layout
 from .pca import Trajectory, fit_basis

@@ -15,15 +15,29 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..hub import HubFiles, take
+from ..checked import shown
+from ..hub import HubFiles
 from .layout import Layout
 
-# Columns handled at a time where they are converted or generated: the fp32 copy stays in the cache.
-_CONVERTED_COLUMNS = {"cpu": 1 << 14, "cuda": 1 << 17}
-# Columns at a time otherwise: what a bf16 weight costs as an fp32 temporary.
+# Columns handled at a time: what a bf16 weight costs as an fp32 temporary.
 _COLUMNS = 1 << 22
+# Entries of each parameter that tell one start from another.
+SAMPLED = 16
 
 B = TypeVar("B", bound="Basis")
+
+
+def start_sample(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Returns the first 16 entries of each of k tensors, padded with zeros: `(k, 16)`, fp32, on the CPU."""
+    rows = []
+    for tensor in tensors:
+        row, flat = torch.zeros(SAMPLED), tensor.detach()
+        while flat.ndim > 1 and len(flat) and flat[0].numel() >= SAMPLED:
+            flat = flat[0]  # no copy of a tensor that is not contiguous
+        first = flat[:SAMPLED].reshape(-1)[:SAMPLED] if flat.ndim else flat.reshape(1)
+        row[: len(first)] = first
+        rows.append(row)
+    return torch.stack(rows)
 
 
 class Basis(HubFiles):
@@ -39,9 +53,15 @@ class Basis(HubFiles):
         units (`torch.Tensor` of shape `(d,)`): Length of one unit of each coefficient, in weight units.
         natural_units (`torch.Tensor` of shape `(d,)`): What `with_units("std")` restores.
         provenance (`dict`, *optional*): JSON values that say how the basis was made; saved with it.
+
+    Attributes:
+        start (`torch.Tensor` of shape `(2, k, 16)`, *optional*): [`start_sample`] of the k parameters at the first and
+            at the last snapshot of the trajectory that a basis was fitted to; None where that is not known. No part of
+            the fingerprint.
     """
 
     kind: str
+    start: torch.Tensor | None = None
     _kinds: dict[str, type[Basis]] = {}
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -56,6 +76,8 @@ class Basis(HubFiles):
         natural_units: torch.Tensor,
         provenance: dict[str, Any] | None = None,
     ) -> None:
+        if not (provenance is None or isinstance(provenance, dict)):
+            raise ValueError(f"provenance is {shown(provenance)}, expected a dict of JSON values")
         self.layout = layout
         self.spans = tuple((int(start), int(stop)) for start, stop in spans)
         self.units = units
@@ -63,7 +85,10 @@ class Basis(HubFiles):
         self.provenance = dict(provenance or {})
         if units.ndim != 1 or natural_units.shape != units.shape:
             raise ValueError(f"units must have shape (d,), got {tuple(units.shape)} and {tuple(natural_units.shape)}")
-        if not bool(torch.isfinite(units).all() and (units > 0).all()):
+        if not (units.is_floating_point() and natural_units.is_floating_point()):
+            raise ValueError(f"units have dtypes {units.dtype} and {natural_units.dtype}, expected float ones")
+        of_units = [units] if natural_units is units else [units, natural_units]
+        if not all(bool(torch.isfinite(u).all() and (u > 0).all()) for u in of_units):
             raise ValueError("units must be finite and positive; a direction without variance has no unit of its own")
         if len(self.spans) != len(layout.names) or any(not 0 <= a < b <= self.dim for a, b in self.spans):
             raise ValueError("spans must give each parameter a range of coefficients within (0, d)")
@@ -152,33 +177,47 @@ class Basis(HubFiles):
 
     @torch.no_grad()
     def add_(self, tensors: Iterable[torch.Tensor], coefficients: torch.Tensor) -> None:
-        """Adds `lift(coefficients)` to `tensors` in place, without a temporary of their size for fp32 weights."""
-        self._write(tensors, None, coefficients)
+        """Adds `lift(coefficients)` to `tensors` in place, without a temporary of their size for fp32 weights.
 
-    @torch.no_grad()
-    def assign_(
-        self, tensors: Iterable[torch.Tensor], anchors: Iterable[torch.Tensor], coefficients: torch.Tensor
-    ) -> None:
-        """Sets `tensors` to `anchors + lift(coefficients)`, rounded once: for weights below fp32."""
-        self._write(tensors, anchors, coefficients)
-
-    def _write(
-        self, tensors: Iterable[torch.Tensor], anchors: Iterable[torch.Tensor] | None, coefficients: torch.Tensor
-    ) -> None:
-        c = coefficients.to(self.compute_dtype) * self.units  # (d,)
-        tensors = list(tensors)
-        bases = tensors if anchors is None else list(anchors)
-        for index, (tensor, base, (first, last)) in enumerate(zip(tensors, bases, self.spans, strict=True)):
+        Sums are formed in the wider of the two precisions: fp64 weights stay fp64, those below fp32 are rounded once.
+        """
+        for index, (tensor, (first, last)) in enumerate(zip(tensors, self.spans, strict=True)):
             # reshape copies where the memory is not contiguous (channels_last); that copy is written back below
-            flat, flat_base = tensor.detach().reshape(-1), base.detach().reshape(-1)
+            flat = tensor.detach().reshape(-1)
+            wide = torch.promote_types(flat.dtype, self.compute_dtype)
+            c = coefficients[first:last].to(wide) * self.units[first:last].to(wide)
             for start, stop, columns in self._columns(index, _COLUMNS):
                 part = flat[start:stop]
-                if anchors is None and part.dtype == columns.dtype:
-                    part.addmv_(columns.T, c[first:last])
+                if part.dtype == columns.dtype == wide:
+                    part.addmv_(columns.T, c)
                 else:
-                    part.copy_(torch.addmv(flat_base[start:stop].to(columns.dtype), columns.T, c[first:last]))
+                    part.copy_(torch.addmv(part.to(wide), columns.to(wide).T, c))
             if flat.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(flat.view(tensor.shape))
+
+    @torch.no_grad()
+    def lift_rows(
+        self, index: int, rows: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yields `(start, stop, L[:, start:stop])` of parameter `index`, where row i of L is `lift(rows[i])` there.
+
+        U is read once for all rows.
+
+        Args:
+            index (`int`): The parameter's number in the layout.
+            rows (`torch.Tensor` of shape `(r, d)`): Coefficients.
+            dtype (`torch.dtype`, *optional*): Of the sums; by default that of the basis' arithmetic.
+        """
+        dtype = self.compute_dtype if dtype is None else dtype
+        first, last = self.spans[index]
+        scaled = rows[:, first:last].to(dtype) * self.units[first:last].to(dtype)  # (r, d_p)
+        for start, stop, columns in self._columns(index, _COLUMNS):
+            yield start, stop, scaled @ columns.to(dtype)
+
+    @torch.no_grad()
+    def coordinates(self, tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
+        """Returns `U^T theta / units`, (d,): of theta_0 + lift(c) it is that of theta_0, plus c."""
+        return self.project(tensors) / self.units.square()
 
     def lift(self, coefficients: torch.Tensor) -> list[torch.Tensor]:
         """Returns U (units * c) per parameter, shapes as in the layout; makes n numbers, `add_` does not."""
@@ -223,16 +262,25 @@ class Basis(HubFiles):
     @classmethod
     def from_files(cls: type[B], config: dict[str, Any], tensors: dict[str, torch.Tensor], where: str) -> B:
         kind, kinds = config.get("basis"), Basis._kinds
-        if kind not in kinds:
+        if not isinstance(kind, str) or kind not in kinds:
             raise ValueError(
-                f'config.json in {where} has "basis": {kind!r}, expected one of {sorted(kinds)}; is it a basis?'
+                f'config.json in {where} has "basis": {shown(kind)}, expected one of {sorted(kinds)}; is it a basis?'
             )
         if not issubclass(kinds[kind], cls):
             raise ValueError(f"{where} holds a {kind} basis, not a {cls.__name__}; load it with Basis.from_pretrained")
         try:
-            return kinds[kind]._load(config, tensors, where)  # type: ignore[return-value]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"config.json in {where} is malformed ({error!r}); restore it from its source") from error
+            made = kinds[kind]._load(config, tensors, where)
+        except (KeyError, TypeError, ValueError, NotImplementedError) as error:
+            if isinstance(error, ValueError) and where in str(error):
+                raise
+            raise ValueError(f"the basis in {where} is malformed: {error}; restore it from its source") from error
+        found = str(made.dtype).removeprefix("torch.")
+        if config["dtype"] != found:
+            raise ValueError(
+                f'config.json in {where} has "dtype": {shown(config["dtype"])}, its tensors are {found}; restore both '
+                "from one source"
+            )
+        return made  # type: ignore[return-value]
 
     @classmethod
     @abstractmethod
@@ -247,121 +295,3 @@ class Basis(HubFiles):
             "usage": 'from hf_sl2o import Basis\n\nbasis = Basis.from_pretrained("user/name")',
             "details": f"\nHow it was made:\n\n{made}\n" if made else "",
         }
-
-
-class DenseBasis(Basis):
-    """Stored directions, one matrix a parameter.
-
-    Args:
-        layout ([`Layout`]): Which parameters, in which order.
-        matrices (`Sequence[torch.Tensor]`): U_p^T of shape `(d_p, numel)` for each parameter; fp32, bf16, or fp64.
-        units (`torch.Tensor` of shape `(d,)`, *optional*, defaults to ones): Length of one unit of each coefficient.
-        natural_units (`torch.Tensor` of shape `(d,)`, *optional*, defaults to `units`): The trajectory's standard
-            deviations.
-        spans (`Sequence[tuple[int, int]]`, *optional*, defaults to `(0, d)` for each parameter): Coefficients of each
-            parameter.
-        provenance (`dict`, *optional*): How it was made.
-
-    Raises:
-        `ValueError`: shapes do not match the layout.
-
-    Example:
-
-    ```python
-    >>> import torch
-    >>> from hf_sl2o import DenseBasis, Layout
-    >>> layout = Layout.from_named_parameters(torch.nn.Linear(3, 2).named_parameters())
-    >>> basis = DenseBasis(layout, [torch.eye(8)[:2, :6], torch.eye(8)[:2, 6:]])
-    >>> basis.project([torch.ones(2, 3), torch.ones(2)])
-    tensor([1., 1.])
-    ```
-    """
-
-    kind = "dense"
-
-    def __init__(
-        self,
-        layout: Layout,
-        matrices: Sequence[torch.Tensor],
-        units: torch.Tensor | None = None,
-        natural_units: torch.Tensor | None = None,
-        spans: Sequence[tuple[int, int]] | None = None,
-        provenance: dict[str, Any] | None = None,
-    ) -> None:
-        if len(matrices) != len(layout.names):
-            raise ValueError(f"got {len(matrices)} matrices for {len(layout.names)} parameters; one each is needed")
-        if units is None:
-            dim = matrices[0].shape[0] if spans is None else max(stop for _, stop in spans)
-            compute = torch.promote_types(torch.float32, matrices[0].dtype)
-            units = torch.ones(dim, dtype=compute, device=matrices[0].device)
-        spans = [(0, units.numel())] * len(matrices) if spans is None else spans
-        super().__init__(layout, spans, units, units if natural_units is None else natural_units, provenance)
-        self._matrices = list(matrices)
-        for name, numel, (first, last), matrix in zip(layout.names, layout.numels, self.spans, matrices, strict=True):
-            if tuple(matrix.shape) != (last - first, numel):
-                raise ValueError(
-                    f"the directions of {name!r} have shape {tuple(matrix.shape)}, expected {(last - first, numel)}"
-                )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._matrices[0].dtype
-
-    @property
-    def nbytes(self) -> int:
-        return sum(matrix.nbytes for matrix in self._matrices)
-
-    @property
-    def fingerprint(self) -> str:
-        known = super().fingerprint
-        if bool((self.natural_units != self.natural_units[0]).any()):
-            return known
-        # No trajectory's units tell it from another one: its first directions do, as bf16 holds them, so that storage
-        # in another dtype is the same basis.
-        parts = [matrix[:, :16].bfloat16().cpu().contiguous().view(torch.int16) for matrix in self._matrices]
-        digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()[:16]
-        return f"{known}-{digest}"
-
-    def _columns(self, index: int, width: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-        matrix, compute = self._matrices[index], self.compute_dtype
-        if matrix.dtype != compute:
-            width = _CONVERTED_COLUMNS.get(matrix.device.type, width)
-        for start in range(0, matrix.shape[1], width):
-            stop = min(start + width, matrix.shape[1])
-            yield start, stop, matrix[:, start:stop].to(compute)
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> DenseBasis:
-        compute = self.compute_dtype if dtype is None else torch.promote_types(torch.float32, dtype)
-        return DenseBasis(
-            self.layout,
-            [matrix.to(device=device, dtype=dtype) for matrix in self._matrices],
-            self.units.to(device=device, dtype=compute),
-            self.natural_units.to(device=device, dtype=compute),
-            self.spans,
-            self.provenance,
-        )
-
-    def with_units(self, units: str) -> DenseBasis:
-        wanted = self._units_named(units)
-        return DenseBasis(self.layout, self._matrices, wanted, self.natural_units, self.spans, self.provenance)
-
-    def to_files(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        tensors = {f"basis.{name}": matrix for name, matrix in zip(self.layout.names, self._matrices, strict=True)}
-        return self._config(), {**tensors, "units": self.units.clone(), "natural_units": self.natural_units}
-
-    @classmethod
-    def _load(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor], where: str) -> DenseBasis:
-        take(config, {"basis", "dim", "dtype", "layout", "spans", "provenance"}, where)
-        layout = Layout.from_dict(config["layout"])
-        expected = {f"basis.{name}" for name in layout.names} | {"units", "natural_units"}
-        if set(tensors) != expected:
-            different = sorted(set(tensors) ^ expected)[0]
-            state = "lacks" if different in expected else "has an unknown"
-            raise ValueError(f"model.safetensors in {where} {state} tensor {different!r}; restore it from its source")
-        matrices = [tensors[f"basis.{name}"] for name in layout.names]
-        for name, tensor in tensors.items():
-            if not all(bool(torch.linalg.vector_norm(row.float()).isfinite()) for row in torch.atleast_2d(tensor)):
-                raise ValueError(f"{name!r} in {where} holds NaN or Inf; restore it from its source")
-        if tensors["units"].numel() != config["dim"]:
-            raise ValueError(f"{where}: config.json says dim {config['dim']}, the file has {tensors['units'].numel()}")
-        return cls(layout, matrices, tensors["units"], tensors["natural_units"], config["spans"], config["provenance"])

@@ -45,13 +45,16 @@ class IdentityBasis(Basis):
                 g[start:stop].copy_(tensor.reshape(-1))
         return g
 
-    def _write(
-        self, tensors: Iterable[torch.Tensor], anchors: Iterable[torch.Tensor] | None, coefficients: torch.Tensor
-    ) -> None:
-        tensors = list(tensors)
-        bases = tensors if anchors is None else list(anchors)
-        for tensor, base, (start, stop) in zip(tensors, bases, self.spans, strict=True):
-            tensor.copy_(base + coefficients[start:stop].view(tensor.shape))
+    @torch.no_grad()
+    def add_(self, tensors: Iterable[torch.Tensor], coefficients: torch.Tensor) -> None:
+        for tensor, (start, stop) in zip(tensors, self.spans, strict=True):
+            tensor.copy_(tensor + coefficients[start:stop].view(tensor.shape))
+
+    def lift_rows(
+        self, index: int, rows: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        start, stop = self.spans[index]
+        yield 0, stop - start, rows[:, start:stop].to(self.compute_dtype if dtype is None else dtype)
 
     def _columns(self, index: int, width: int) -> Iterator[tuple[int, int, torch.Tensor]]:
         start, stop = self.spans[index]

@@ -16,16 +16,26 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-# Wrappers put these in front of a name; the parameter behind it is the same one.
+from .names import find_names
+
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _INTEGER = re.compile(r"\.\d+\.")
 
 
 def plain_name(name: str) -> str:
-    """Returns `name` without what DDP and `torch.compile` put in front of it."""
+    """Returns `name` without what DDP puts in front of it, and `torch.compile` in front or in the middle.
+
+    Example:
+
+    ```python
+    >>> from hf_sl2o.subspace.layout import plain_name
+    >>> plain_name("module._orig_mod.h.0._orig_mod.weight")
+    'h.0.weight'
+    ```
+    """
     while name.startswith(_WRAPPER_PREFIXES):
         name = name[name.index(".") + 1 :]
-    return name
+    return name.replace("._orig_mod.", ".")
 
 
 @dataclass(frozen=True)
@@ -62,10 +72,17 @@ class Layout:
 
     @classmethod
     def from_named_parameters(cls, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> Layout:
-        """Makes the layout of all trainable parameters (`requires_grad`); tied weights count once."""
+        """Makes the layout of all trainable parameters (`requires_grad`); tied weights count once.
+
+        A parameter without elements has nothing to move and is left out.
+
+        Raises:
+            `ValueError`: nothing is trainable; a parameter is complex, or on the meta device (named).
+        """
         names, shapes, seen = [], [], set()
         for name, parameter in named_parameters:
-            if parameter.requires_grad and id(parameter) not in seen:
+            if parameter.requires_grad and parameter.numel() and id(parameter) not in seen:
+                check_real(plain_name(name), parameter)
                 seen.add(id(parameter))
                 names.append(plain_name(name))
                 shapes.append(tuple(parameter.shape))
@@ -91,6 +108,20 @@ class Layout:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Layout:
+        """Makes the layout that `to_dict` wrote.
+
+        Raises:
+            `ValueError`: `data` is something else; says which entry.
+        """
+        if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in ("names", "shapes")):
+            raise ValueError(f"a layout is {_shown(data)}, expected lists under the keys 'names' and 'shapes'")
+        for name in data["names"]:
+            if not isinstance(name, str):
+                raise ValueError(f"a layout has the parameter name {_shown(name)}, expected text")
+        for shape in data["shapes"]:
+            # bool is an int, and True is no size
+            if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
+                raise ValueError(f"a layout has the shape {_shown(shape)}, expected a list of integers of at least 0")
         return cls(tuple(data["names"]), tuple(tuple(shape) for shape in data["shapes"]))
 
     def select(
@@ -98,37 +129,39 @@ class Layout:
     ) -> tuple[list[torch.Tensor], list[tuple[str, torch.Tensor]]]:
         """Finds the covered parameters among `named_parameters` and checks them.
 
+        Where PEFT names the same parameter otherwise (another adapter name; `get_peft_model` against
+        `model.add_adapter`) and only one trainable parameter of the same shape fits each name, that one is taken,
+        with a word in the log.
+
         Returns:
             The covered parameters in the order of the layout, and the trainable ones outside it as (name, parameter).
 
         Raises:
-            `ValueError`: a covered parameter is missing or has another shape (the first one is named).
+            `ValueError`: a covered parameter is missing or has another shape (the first one is named, with the likely
+                reason); it belongs to an adapter that is not active; it is complex, or on the meta device.
             `NotImplementedError`: a parameter is sharded.
         """
-        found, seen = {}, set()
-        outside = []
-        covered = set(self.names)
+        model: dict[str, torch.Tensor] = {}
         for name, parameter in named_parameters:
-            name = plain_name(name)
-            if name in covered:
-                found[name] = parameter
-                seen.add(id(parameter))
-            elif parameter.requires_grad:
-                outside.append((name, parameter))
-        outside = [(name, parameter) for name, parameter in outside if id(parameter) not in seen]
-        for name in self.names:
-            if name not in found:
-                have = outside[0][0] if outside else "nothing outside the basis"
-                raise ValueError(
-                    f"the basis was fitted for a parameter {name!r}, which the model does not have (the model has "
-                    f"{have!r} instead); use the model the basis was made from, or fit a new basis"
-                )
-        parameters = [found[name] for name in self.names]
+            model.setdefault(plain_name(name), parameter)
+        found = find_names(dict(zip(self.names, self.shapes, strict=True)), model)
+        parameters = [model[found[name]] for name in self.names]
         self.check_tensors(parameters)
+        covered = {id(parameter) for parameter in parameters}
+        outside = [
+            (name, parameter)
+            for name, parameter in model.items()
+            if parameter.requires_grad and parameter.numel() and id(parameter) not in covered
+        ]
         return parameters, outside
 
     def check_tensors(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Raises `ValueError` where number or shapes of `tensors` differ from the layout; names the first one."""
+        """Raises `ValueError` where `tensors` do not fit the layout; names the first one.
+
+        Raises:
+            `ValueError`: another number of tensors; another shape; complex, quantised or meta tensors.
+            `NotImplementedError`: a tensor is sharded.
+        """
         if len(tensors) != len(self.names):
             raise ValueError(
                 f"the basis covers {len(self.names)} tensors (first {self.names[0]!r}, last {self.names[-1]!r}) and "
@@ -139,6 +172,7 @@ class Layout:
                 raise NotImplementedError(
                     f"parameter {name!r} is sharded (DTensor); sharded models are not supported yet, train with DDP"
                 )
+            check_real(name, tensor)
             if tuple(tensor.shape) != shape:
                 raise ValueError(
                     f"parameter {name!r} has shape {tuple(tensor.shape)}, the basis was fitted for {shape}; fit a new "
@@ -161,3 +195,27 @@ class Layout:
             key = name[: number.end() - 1] if number else name.rpartition(".")[0]
             groups.setdefault(key, []).append(index)
         return list(groups.values())
+
+
+def check_real(name: str, tensor: torch.Tensor) -> None:
+    """Raises `ValueError` for a parameter that a basis cannot move: complex, of integers, or without values."""
+    if tensor.is_meta:
+        raise ValueError(
+            f"parameter {name!r} is on the meta device and has no values yet; materialise the model first "
+            "(`model.to_empty(device=...)` and load its weights, or `from_pretrained`), then make the optimizer"
+        )
+    if tensor.is_complex():
+        raise ValueError(
+            f"parameter {name!r} is complex ({tensor.dtype}), and a basis moves real numbers; keep its real and "
+            "imaginary part as two real parameters (`torch.view_as_real`, and `torch.complex` in `forward`)"
+        )
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"parameter {name!r} holds integers ({tensor.dtype}; is it quantised?), which a basis cannot move; train "
+            "an adapter instead, or load the model in a floating-point dtype"
+        )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -7,8 +7,7 @@ Gram matrix in float64, a second one forms the directions block by block.
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,125 +15,20 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..files import load_json, open_tensors, save_json, save_tensors
-from .basis import DenseBasis
-from .layout import Layout, plain_name
+from ..checked import FLOATS, check_integer
+from ..files import load_metadata, open_tensors
+from .basis import start_sample
+from .dense import DenseBasis
+from .trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
-_MANIFEST = "trajectory.json"
+_DTYPES = ("F16", "BF16", "F32", "F64")
 # Entries of a (T, columns) float64 block: 64 MB.
 _BLOCK_ENTRIES = 1 << 23
 # Eigenvalues of the Gram matrix below this share of the largest are rounding: with it every direction is orthonormal
 # to 1e-5 (the error of an eigenvalue is about T * 2e-16 of the largest).
 _RANK_TOLERANCE = 1e-10
-
-
-class Trajectory:
-    """Snapshots of a model's trainable parameters in a folder, one safetensors file each.
-
-    Tied weights are written once. A write is atomic, and writing a step again replaces it, so that a resumed run
-    completes the folder of the interrupted one.
-
-    Args:
-        folder (`str` or `Path`): Where the snapshots are; made when the first one is written.
-
-    Example:
-
-    ```python
-    >>> import tempfile, torch
-    >>> from hf_sl2o import Trajectory, fit_basis
-    >>> model, trajectory = torch.nn.Linear(3, 2), Trajectory(tempfile.mkdtemp())
-    >>> for step in range(5):
-    ...     _ = torch.nn.init.normal_(model.weight)
-    ...     _ = trajectory.write(step, model.named_parameters())
-    >>> fit_basis(trajectory, dim=3, progress=False).dim
-    3
-    ```
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.layout: Layout | None = None
-        self._steps: list[int] = []
-        if (manifest := self.folder / _MANIFEST).is_file():
-            data = load_json(manifest)
-            try:
-                self.layout = Layout.from_dict(data["layout"])
-                self._steps = sorted(int(step) for step in data["steps"])
-            except (KeyError, TypeError) as error:
-                raise ValueError(f"{manifest} is no trajectory manifest (no {error}); record it again") from error
-
-    @property
-    def steps(self) -> list[int]:
-        """The recorded steps, ascending."""
-        return list(self._steps)
-
-    def __len__(self) -> int:
-        return len(self._steps)
-
-    def path(self, step: int) -> Path:
-        """The file of one snapshot."""
-        return self.folder / f"snapshot-{step:09d}.safetensors"
-
-    def write(self, step: int, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> Path:
-        """Writes the snapshot of `step`.
-
-        Args:
-            step (`int`): The global step.
-            named_parameters: As `model.named_parameters()`; frozen ones are left out.
-
-        Raises:
-            `ValueError`: the parameters differ from those of the earlier snapshots, or hold NaN or Inf (named).
-            `OSError`: the disk is full; what was recorded before is intact.
-        """
-        pairs = [(plain_name(name), parameter) for name, parameter in named_parameters if parameter.requires_grad]
-        layout = Layout.from_named_parameters(pairs)
-        if self.layout is not None and layout != self.layout:
-            self.layout.select(pairs)  # names the first parameter that is missing or has another shape
-            raise ValueError(
-                f"{self.folder} holds snapshots of {len(self.layout.names)} parameters, the model now trains "
-                f"{len(layout.names)}; record another set of parameters in another folder"
-            )
-        parameters, _ = layout.select(pairs)
-        tensors = {name: parameter.detach() for name, parameter in zip(layout.names, parameters, strict=True)}
-        for name, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(
-                    f"parameter {name!r} holds NaN or Inf at step {step}: the snapshot was not written, the "
-                    f"{len(self)} earlier ones are intact; lower the learning rate"
-                )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(self.path(step), tensors, step=str(step))
-        self.layout = layout
-        self._steps = sorted({*self._steps, int(step)})
-        self._save_manifest()
-        return self.path(step)
-
-    def _save_manifest(self) -> None:
-        assert self.layout is not None
-        save_json(self.folder / _MANIFEST, {"layout": self.layout.to_dict(), "steps": self._steps})
-
-    def forget_after(self, step: int) -> None:
-        """Drops snapshots later than `step`: a resumed run records them again."""
-        later = [known for known in self._steps if known > step]
-        if later:
-            logger.warning("%s: dropping %d snapshots after step %d", self.folder, len(later), step)
-            self._steps = [known for known in self._steps if known <= step]
-            self._save_manifest()
-            for known in later:
-                self.path(known).unlink(missing_ok=True)
-
-    def clear(self) -> None:
-        """Deletes all snapshots and the manifest."""
-        for path in [*self.folder.glob("snapshot-*.safetensors"), self.folder / _MANIFEST]:
-            path.unlink(missing_ok=True)
-        self.layout, self._steps = None, []
-
-    def delete(self) -> None:
-        """Deletes the whole folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.layout, self._steps = None, []
 
 
 class _Blocks:
@@ -145,15 +39,14 @@ class _Blocks:
         self.device = device
         self.layout, self.steps = trajectory.layout, steps
         self.paths = [trajectory.path(step) for step in steps]
-        self.files = [stack.enter_context(open_tensors(path)) for path in self.paths]
-        for path, file in zip(self.paths, self.files, strict=True):
-            missing = sorted(set(self.layout.names) - set(file.keys()))
-            if missing:
-                raise ValueError(f"{path} lacks the parameter {missing[0]!r}; record the trajectory again")
-            for name, shape in zip(self.layout.names, self.layout.shapes, strict=True):
-                found = tuple(file.get_slice(name).get_shape())
-                if found != shape:
-                    raise ValueError(f"{path} has {name!r} with shape {found}, expected {shape}; record it again")
+        self.files = [stack.enter_context(_open_snapshot(trajectory, step)) for step in steps]
+
+    def sample(self, file: Any) -> torch.Tensor:
+        """[`start_sample`] of the parameters in an open snapshot: `(k, 16)`."""
+        return start_sample(
+            file.get_slice(name)[:16] if shape else file.get_tensor(name)
+            for name, shape in zip(self.layout.names, self.layout.shapes, strict=True)
+        )
 
     def of(self, index: int) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Yields (first column, last column, block) of one parameter, as whole rows of its first dimension."""
@@ -175,9 +68,42 @@ class _Blocks:
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
             raise ValueError(
-                f"snapshot {self.paths[row]} holds NaN or Inf in {self.layout.names[index]!r}; delete that snapshot's "
-                "step from the trajectory, or record it again with a lower learning rate"
+                f"snapshot {self.paths[row]} holds NaN or Inf in {self.layout.names[index]!r}; leave that step out "
+                "with steps=..., or record it again with a lower learning rate"
             )
+
+
+def _open_snapshot(trajectory: Trajectory, step: int) -> Any:
+    """Opens the snapshot of `step` after a check of all its bytes; says what is wrong with it."""
+    path = trajectory.path(step)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{trajectory.manifest} lists step {step}, and its file {path} is gone; leave that step out with "
+            "steps=..., or record the trajectory again"
+        )
+    assert trajectory.layout is not None
+    file = open_tensors(path)
+    if (found := load_metadata(path).get("step", str(step))) != str(step):
+        raise ValueError(f"{path} holds the snapshot of step {found}; record it again")
+    if missing := sorted(set(trajectory.layout.names) - set(file.keys())):
+        raise ValueError(f"{path} lacks the parameter {missing[0]!r}; record the trajectory again")
+    for name, shape in zip(trajectory.layout.names, trajectory.layout.shapes, strict=True):
+        part = file.get_slice(name)
+        if tuple(part.get_shape()) != shape:
+            raise ValueError(
+                f"{path} has {name!r} with shape {tuple(part.get_shape())}, expected {shape}; record it again"
+            )
+        if part.get_dtype() not in _DTYPES:
+            raise ValueError(f"{path} has {name!r} of dtype {part.get_dtype()}, expected a float one; record it again")
+    return file
+
+
+def _start(reader: _Blocks, trajectory: Trajectory, stack: ExitStack) -> torch.Tensor:
+    """[`start_sample`] of the first recorded snapshot and of the last one that is read: `(2, k, 16)`."""
+    first, oldest = trajectory.steps[0], reader.files[0]
+    if first != reader.steps[0] and trajectory.path(first).is_file():
+        oldest = stack.enter_context(_open_snapshot(trajectory, first))
+    return torch.stack([reader.sample(oldest), reader.sample(reader.files[-1])])
 
 
 def _components(
@@ -234,10 +160,15 @@ def fit_basis(
         [`DenseBasis`]; `provenance` holds the explained variance.
 
     Raises:
-        `ValueError`: fewer than two snapshots, NaN or Inf in one, `dim` above the numerical rank, or a damaged file.
+        `ValueError`: fewer than two snapshots, NaN or Inf in one, `dim` above the numerical rank, a damaged file, or
+            a dtype that is no float one.
+        `FileNotFoundError`: a snapshot is gone.
     """
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
+    check_integer("dim", dim, 1)
     trajectory = trajectory if isinstance(trajectory, Trajectory) else Trajectory(trajectory)
-    chosen = trajectory.steps if steps is None else sorted(steps)
+    chosen = trajectory.steps if steps is None else sorted({*steps})
     if trajectory.layout is None or len(chosen) < 2:
         raise ValueError(
             f"{trajectory.folder} holds {len(chosen)} snapshots, at least 2 are needed; train with "
@@ -245,12 +176,11 @@ def fit_basis(
         )
     if unknown := sorted(set(chosen) - set(trajectory.steps)):
         raise ValueError(f"{trajectory.folder} has no snapshot of step {unknown[0]}; it has {trajectory.steps}")
-    if dim < 1:
-        raise ValueError(f"dim is {dim}, expected at least 1")
     layout = trajectory.layout
     groups = layout.blocks(blocks)
     with ExitStack() as stack:
         reader = _Blocks(trajectory, chosen, device, stack)
+        start = _start(reader, trajectory, stack)
         bar = stack.enter_context(
             tqdm(total=2 * layout.n, unit="param", unit_scale=True, desc="fit_basis", disable=not progress)
         )
@@ -297,5 +227,5 @@ def fit_basis(
         "explained_variance": share,
         "explained_variance_ratio": explained[0] if blocks == "global" else [sum(block) for block in explained],
     }
-    basis = DenseBasis(layout, [m for m in matrices if m is not None], std, std, spans, provenance)
+    basis = DenseBasis(layout, [m for m in matrices if m is not None], std, std, spans, provenance, start=start)
     return basis.with_units(units)

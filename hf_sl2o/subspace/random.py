@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 
+from ..checked import check_float, check_integer
 from ..hub import take
-from .basis import Basis, DenseBasis
+from .basis import Basis
+from .dense import DenseBasis
 from .layout import Layout
+from .stored import stored_layout, stored_spans
 
 # Columns generated at a time; a part of what defines the directions.
 _COLUMNS = 1 << 17
+# |U U^T - 1| of directions as they were saved, times the condition of R R^T: what fp32 sums leave.
+_ORTHONORMAL = 2e-5
 
 
 class RandomBasis(Basis):
@@ -44,11 +49,12 @@ class RandomBasis(Basis):
     kind = "random"
 
     def __init__(self, layout: Layout, dim: int, seed: int = 0, *, mix: torch.Tensor | None = None) -> None:
-        if not 1 <= dim <= layout.n:
+        check_integer("seed", seed, -(1 << 53))
+        if isinstance(dim, bool) or not isinstance(dim, int) or not 1 <= dim <= layout.n:
             raise ValueError(f"dim is {dim}, expected 1 to n = {layout.n}")
         ones = torch.ones(dim, device=None if mix is None else mix.device)
-        super().__init__(layout, [(0, dim)] * len(layout.names), ones, ones, {"seed": int(seed)})
-        self.seed = int(seed)
+        super().__init__(layout, [(0, dim)] * len(layout.names), ones, ones, {"seed": seed})
+        self.seed = seed
         self._mix = self._orthonormaliser() if mix is None else mix  # (d, d), L^-1
 
     def _raw_columns(self, index: int) -> Iterator[tuple[int, int, torch.Tensor]]:
@@ -58,12 +64,34 @@ class RandomBasis(Basis):
             stop = min(start + width, numel)
             yield start, stop, torch.randn(self.dim, stop - start, generator=generator)
 
-    def _orthonormaliser(self) -> torch.Tensor:
+    def _gram(self) -> torch.Tensor:
+        """R R^T of shape `(d, d)`, fp64."""
         gram = torch.zeros(self.dim, self.dim, dtype=torch.float64)
         for index in range(len(self.layout.names)):
             for _, _, raw in self._raw_columns(index):
                 gram += (raw @ raw.T).double()
-        return torch.linalg.inv(torch.linalg.cholesky(gram)).float()
+        return gram
+
+    def _orthonormaliser(self) -> torch.Tensor:
+        return torch.linalg.inv(torch.linalg.cholesky(self._gram())).float()
+
+    def _check_mix(self, where: str) -> None:
+        """Raises `ValueError` unless the directions of this seed are orthonormal with this mix.
+
+        Makes every direction once, half of what a step with the basis costs.
+        """
+        mix, remedy = self._mix.double(), "restore both files from one source, or make the basis anew from its seed"
+        # |mix|^2 is about d / n: a layout of far more parameters is refused before directions are made for it.
+        if self.layout.n > 4 * self.dim / float(mix.square().sum().clamp_min(1e-300)) + 4 * self.dim + 64:
+            raise ValueError(f"the mix in {where} belongs to fewer parameters than {self.layout.n}; {remedy}")
+        gram = self._gram()
+        values = torch.linalg.eigvalsh(gram)
+        error = float((mix @ gram @ mix.T - torch.eye(self.dim, dtype=torch.float64)).abs().max())
+        if not error <= _ORTHONORMAL * float(values[-1] / values[0].clamp_min(1e-300)):
+            raise ValueError(
+                f"the mix in {where} does not make the directions of seed {self.seed} orthonormal (off by "
+                f"{error:.2g}): seed or layout was changed, or this torch draws other numbers; {remedy}"
+            )
 
     def _columns(self, index: int, width: int) -> Iterator[tuple[int, int, torch.Tensor]]:
         for start, stop, raw in self._raw_columns(index):
@@ -101,6 +129,20 @@ class RandomBasis(Basis):
     @classmethod
     def _load(cls, config: dict[str, Any], tensors: dict[str, torch.Tensor], where: str) -> RandomBasis:
         take(config, {"basis", "dim", "dtype", "layout", "spans", "provenance", "seed"}, where)
-        if set(tensors) != {"mix"} or tensors["mix"].shape != (config["dim"], config["dim"]):
-            raise ValueError(f"model.safetensors in {where} must hold one (d, d) tensor 'mix'; restore it")
-        return cls(Layout.from_dict(config["layout"]), config["dim"], config["seed"], mix=tensors["mix"])
+        layout, dim = stored_layout(config["layout"], f"config.json in {where}"), config["dim"]
+        check_integer(f"dim in config.json in {where}", dim, 1)
+        if set(tensors) != {"mix"} or tensors["mix"].shape != (dim, dim) or tensors["mix"].dtype != torch.float32:
+            raise ValueError(
+                f"model.safetensors in {where} must hold one fp32 ({dim}, {dim}) tensor 'mix'; restore it"
+            )
+        check_float(tensors["mix"], f"'mix' in {where}")
+        if stored_spans(config["spans"], dim, where) != [(0, dim)] * len(layout.names):
+            raise ValueError(f"config.json in {where} has spans other than (0, {dim}); restore it from its source")
+        basis = cls(layout, dim, config["seed"], mix=tensors["mix"])
+        if config["provenance"] != basis.provenance:
+            raise ValueError(
+                f'config.json in {where} has "provenance": {config["provenance"]!r} beside "seed": {basis.seed}; '
+                "restore it from its source"
+            )
+        basis._check_mix(where)
+        return basis
