@@ -133,12 +133,11 @@ def unroll(
     seen = c.new_empty(steps, c.numel() if coordinates is None else coordinates.numel())  # (T, d), or (T, K)
     losses = c.new_empty(steps)
     sizes = run.basis.tensor_sizes
-    of_tensors = c.new_empty(steps, len(sizes), 2)  # (T, tensors, 2), for a rule that sees them
+    of_tensors = c.new_empty(steps, len(sizes), 2)  # (T, tensors, 2)
     for step in range(steps):
         losses[step], g = run.gradient()
         seen[step] = g if coordinates is None else g[coordinates]
-        if (known := rule.tensor_inputs(g, whole, sizes)) is not None:
-            of_tensors[step] = known
+        of_tensors[step] = rule.tensor_inputs(g, whole, sizes)
         moved = rule.update_(g, whole, sizes=sizes, total_steps=total_steps).mul_(-lrs[step])
         whole_c += moved
         run.move(moved)
@@ -147,12 +146,11 @@ def unroll(
         inverse_fraction = c.numel() / coordinates.numel()
         c, state = c[coordinates], state.at(coordinates)
     positions = torch.arange(len(whole_c), device=c.device) if coordinates is None else coordinates
-    tensor = tensor_index(positions, sizes) if rule.config.sees_tensors else None  # (d,), or (K,)
+    tensor = tensor_index(positions, sizes)  # (d,), or (K,)
     surrogate = c.new_zeros(())
     for step, (lr_of_step, g) in enumerate(zip(lrs, seen, strict=True)):
         surrogate = surrogate + torch.dot(g, c)  # g at c_t with c_t, not with c_{t+1}
-        of_tensor = None if tensor is None else of_tensors[step, tensor]
-        delta, state = rule(g, state, total_steps=total_steps, of_tensor=of_tensor)
+        delta, state = rule(g, state, total_steps=total_steps, of_tensor=of_tensors[step, tensor])
         c = c - lr_of_step * delta
         if imitation:
             adam = imitation_lr * _adam_direction(rule, state)
@@ -162,11 +160,9 @@ def unroll(
     return surrogate, c, state, losses
 
 
-def _of_tensor(rule: Rule, run: InnerRun, g: torch.Tensor, state: RuleState) -> torch.Tensor | None:
-    """The numbers of each coordinate's tensor, (d, 2), for a rule that sees them."""
+def _of_tensor(rule: Rule, run: InnerRun, g: torch.Tensor, state: RuleState) -> torch.Tensor:
+    """The numbers of each coordinate's tensor, (d, 2)."""
     known = rule.tensor_inputs(g, state, run.basis.tensor_sizes)
-    if known is None:
-        return None
     return known[tensor_index(torch.arange(len(g), device=g.device), run.basis.tensor_sizes)]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 
+@torch.compiler.disable  # a compiler looks through the cache, and would make the tensors anew in each graph
 @functools.lru_cache(maxsize=32)
 def _of_tensors(sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Sizes of the tensors in a flat vector and where each ends, (k,) int64; kept, so that no step copies them."""

@@ -12,6 +12,11 @@ m^ / s and g / s, with s^2 the mean of v^ over the tensor (all d coefficients; o
 whether its steps are too short or too long for a network: a rule with `agreement` also sees the cosine of g and the
 last step's m over the tensor: near 1 while gradients keep their direction, about 0 in noise, negative after a step too
 far.
+
+A network's output at inputs of zero is not zero. So that a coordinate without a history of gradient stays where it is,
+and rounding is not amplified, every rule's delta is multiplied by v^ / (v^ + eps^2 + (1e-6 s)^2): 0 where there never
+was a gradient, next to 0 where it is below eps or a millionth of its tensor's scale s, and 1 to fp32's last digits
+elsewhere.
 """
 
 from __future__ import annotations
@@ -25,12 +30,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from .checked import check_float, check_shapes
 from .hub import HubFiles, take
 from .inputs import log_and_sign, tensor_index, tensor_inputs
 from .rule_config import ADDED_LATER, EXPRESSIONS, RuleConfig
 
 R = TypeVar("R", bound="Rule")
 
+# A gradient of this share of its tensor's scale is taken for rounding.
+_ROUNDING = 1e-6
 # Coordinates of one call of a rule in `update_`.
 _CHUNK = {"cpu": 1 << 13, "cuda": 1 << 20}
 
@@ -108,19 +116,17 @@ class Rule(nn.Module, HubFiles):
         sizes: Sequence[int] | None = None,
         *,
         betas: tuple[float, float] | None = None,
-    ) -> torch.Tensor | None:
-        """Returns what the rule sees of each tensor in the flat `g`, before the step; no vector of N numbers is made.
+    ) -> torch.Tensor:
+        """Returns what counts of each tensor in the flat `g`, before the step; no vector of N numbers is made.
 
         Args:
             g, state, betas: As for [`~Rule.forward`].
             sizes (`Sequence[int]`, *optional*): Of the k tensors; by default `g` is one tensor.
 
         Returns:
-            `(k, 2)`: s, the square root of the mean of v^ over the tensor, and the cosine of g and m (0 at first);
-            None for a rule that sees neither.
+            `(k, 2)`: s, the square root of the mean of v^ over the tensor, and the cosine of g and m (0 at first, and
+            for a rule without `agreement`).
         """
-        if not self.config.sees_tensors:
-            return None
         beta2 = self.config.beta2 if betas is None else betas[1]
         step = state.step + 1 + self.config.bias_correction_offset
         sizes = (g.numel(),) if sizes is None else tuple(sizes)
@@ -167,11 +173,12 @@ class Rule(nn.Module, HubFiles):
             of_tensor = self.tensor_inputs(g, state, betas=betas)
         momenta = state.momenta
         with torch.autocast(g.device.type, enabled=False):
+            v = torch.lerp(g * g, state.exp_avg_sq, beta2)  # (N,)
+            exponent = step + config.bias_correction_offset
+            v_hat = v / (1 - beta2**exponent)
             if config.inputs == "normalized":
                 m = torch.lerp(g, state.exp_avg, beta1)  # (N,)
-                v = torch.lerp(g * g, state.exp_avg_sq, beta2)  # (N,)
-                exponent = step + config.bias_correction_offset
-                inverse = 1 / ((v / (1 - beta2**exponent)).sqrt() + eps)
+                inverse = 1 / (v_hat.sqrt() + eps)
                 m_hat = m / (1 - beta1**exponent)
                 columns = [m_hat * inverse, g * inverse]
                 if config.momenta:
@@ -183,12 +190,11 @@ class Rule(nn.Module, HubFiles):
                     ]
                     momenta = torch.stack(further, dim=-1)  # (N, k)
                 if config.tensor_scale:
-                    assert of_tensor is not None
                     scale = of_tensor[:, 0] + eps  # (N,) or (1,)
                     columns += [m_hat / scale, g / scale]
                 inputs = torch.stack(columns, dim=-1)  # (N, 2 + k), or (N, 4 + k)
             else:
-                m, v = state.exp_avg, state.exp_avg_sq
+                m = state.exp_avg
                 inputs = g.unsqueeze(-1)  # (N, 1)
             if config.log_sign is not None:
                 inputs = log_and_sign(inputs, config.log_sign)
@@ -197,14 +203,15 @@ class Rule(nn.Module, HubFiles):
                 done = (state.step / total_steps).clamp_max(1.0).unsqueeze(-1).expand(len(inputs), 1)
                 inputs = torch.cat([inputs, 2 * done - 1], dim=-1)
             if config.agreement:
-                assert of_tensor is not None
                 inputs = torch.cat([inputs, of_tensor[:, 1:].expand(len(inputs), 1)], dim=-1)
             cell = state.cell
             if config.reset_cell_every:
                 kept = (step - 1) % config.reset_cell_every != 0  # () or (N,)
                 cell = cell * kept.reshape(-1, 1, 1)
             output, hidden, cell = self._output(inputs, state.hidden, cell)
-        return config.output_scale * output, RuleState(step, m, v, hidden, cell, momenta)
+            rounding = eps**2 + (_ROUNDING * of_tensor[:, 0].detach()).square()  # (N,) or (1,)
+            history = v_hat / (v_hat + rounding).clamp_min(torch.finfo(v_hat.dtype).tiny)  # (N,)
+        return config.output_scale * history * output, RuleState(step, m, v, hidden, cell, momenta)
 
     @torch.no_grad()
     def update_(
@@ -237,7 +244,7 @@ class Rule(nn.Module, HubFiles):
             part = slice(start, min(start + chunk, g.numel()))
             old = state.at(part)
             of_tensor = tensors
-            if tensors is not None and len(tensors) > 1:
+            if len(tensors) > 1:
                 assert sizes is not None
                 of_tensor = tensors[tensor_index(torch.arange(part.start, part.stop, device=g.device), sizes)]
             delta, new = self(g[part], old, of_tensor=of_tensor, **options)
@@ -258,25 +265,28 @@ class Rule(nn.Module, HubFiles):
             raise ValueError(f'config.json in {where} has "rule": {config["rule"]!r}, expected a JSON object')
         take({**ADDED_LATER, **config["rule"]}, fields, where)
         try:
-            rule = Rule.from_config(RuleConfig(**config["rule"]))
-        except TypeError as error:  # a string where a number belongs
-            raise ValueError(f"config.json in {where} is malformed ({error}); restore it from its source") from error
+            settings = RuleConfig(**config["rule"])
+            # Shapes alone, and of no more layers than there are tensors: nothing large is made for a false config.
+            few = dataclasses.replace(settings, num_layers=min(settings.num_layers, len(tensors) + 1))
+            with torch.device("meta"):
+                expected = Rule.from_config(few).state_dict()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"config.json in {where} is malformed: {error}; restore it from its source") from error
+        weights = f"model.safetensors in {where}"
+        check_shapes(tensors, expected, weights, "that is not what its config.json describes; restore both")
+        for name, tensor in tensors.items():
+            check_float(tensor, f"{name!r} in {weights}")
+        rule = Rule.from_config(settings)
         if not isinstance(rule, cls):
             raise ValueError(f"{where} holds a {type(rule).__name__}, not a {cls.__name__}; use Rule.from_pretrained")
-        expected = rule.state_dict()
-        for name in sorted(set(expected) ^ set(tensors)):
-            state = "lacks" if name in expected else "has an unknown"
-            raise ValueError(f"model.safetensors in {where} {state} tensor {name!r}; restore it from its source")
-        for name, tensor in tensors.items():
-            if tensor.shape != expected[name].shape:
-                raise ValueError(
-                    f"{name!r} in {where} has shape {tuple(tensor.shape)}, its config.json wants "
-                    f"{tuple(expected[name].shape)}; restore both from one source"
-                )
-            if not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name!r} in {where} holds NaN or Inf; restore it from its source")
         rule.load_state_dict(tensors)
         return rule
+
+    @staticmethod
+    def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+        """Without what a file may leave out: choices that the first saved rules did not have to make."""
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in config["rule"].items()}
+        return {**config, "rule": {k: v for k, v in given.items() if ADDED_LATER.get(k, ...) != v}}
 
     def card(self) -> dict[str, str]:
         config = self.config

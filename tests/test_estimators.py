@@ -180,7 +180,7 @@ def test_drawn_coordinates_are_unbiased_and_change_no_movement():
     assert (flat(moved[0].parameters) - flat(network(DOUBLE).parameters())).norm() > 0.1
     again, _ = windows(FirstOrder(coordinates=2), rule, task, lrs, [4], seed=0)
     assert torch.equal(flat(again[0].gradients), draws[0])
-    assert len(torch.unique(draws, dim=0)) == 10  # every choice of 2 of 5
+    assert len(torch.unique(draws.round(decimals=9), dim=0)) == 10  # every choice of 2 of 5
 
 
 def test_some_coordinates_carry_the_state_of_all_into_the_next_window():

@@ -255,8 +255,16 @@ def test_clipping_acts_on_the_projected_gradient():
     assert torch.linalg.vector_norm(g) > 1e-2
     expected = -g * 1e-2 / torch.linalg.vector_norm(g)
     torch.testing.assert_close(optimizer.coefficients, expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(optimizer.grad_norm, torch.linalg.vector_norm(g))
     norm = optimizer.clip_projected(1e-2)
-    torch.testing.assert_close(norm, torch.linalg.vector_norm(optimizer.projected_gradient()))
+    torch.testing.assert_close(norm, torch.linalg.vector_norm(g))
+    clipped = torch.linalg.vector_norm(optimizer.projected_gradient())
+    torch.testing.assert_close(clipped, torch.tensor(1e-2), rtol=1e-3, atol=0)
+    for p in model.parameters():  # what is done to the gradients after it counts
+        p.grad.zero_()
+    before = optimizer.coefficients
+    optimizer.step()
+    assert torch.equal(optimizer.coefficients, before)
 
 
 def test_gradient_share():

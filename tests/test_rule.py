@@ -38,7 +38,9 @@ def numpy_rule(rule, gradients, quirks=False):
         i, f, a, o = np.split(gates + w["cells.0.bias_hh"], 4, axis=1)
         cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(a)
         hidden = sigmoid(o) * np.tanh(cell)
-        deltas.append(config.output_scale * np.tanh(hidden @ w["head.weight"][0]))
+        v_hat = v / (1 - 0.99**e)
+        history = v_hat / (v_hat + 1e-16 + 1e-12 * v_hat.mean())  # ours: no gradient, no movement
+        deltas.append(config.output_scale * history * np.tanh(hidden @ w["head.weight"][0]))
     return np.stack(deltas)
 
 

@@ -1,12 +1,14 @@
-"""What the optimizers share: a guard against non-finite gradients, loading that keeps fp32 state, an average."""
+"""What the optimizers share: checks of numbers, a guard against non-finite gradients, the weight of an average."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 logger = logging.getLogger(__name__)
@@ -15,6 +17,43 @@ _MAX_SKIPPED_IN_A_ROW = 3
 _NON_FINITE = "held NaN or Inf (or numbers whose squares add up to it)"
 
 Step = TypeVar("Step", float, torch.Tensor)
+
+
+def real(tensor: torch.Tensor) -> torch.Tensor:
+    """A view of a complex tensor as real and imaginary parts, (..., 2); a real tensor as it is."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def trains(parameter: torch.Tensor) -> bool:
+    """Whether an optimizer may move it: a `nn.Parameter` may have been frozen since."""
+    return not isinstance(parameter, nn.Parameter) or parameter.requires_grad
+
+
+# Checks
+
+
+def check_number(name: str, value: Any, *, above_zero: bool = False) -> None:
+    """Raises `ValueError` unless `value` is finite and at least (or above) 0."""
+    number = float(value)
+    if not (math.isfinite(number) and (number > 0 if above_zero else number >= 0)):
+        raise ValueError(f"{name} is {number:g}, expected a finite number {'>' if above_zero else '>='} 0")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for the numbers of a param group with which a step would be NaN or uphill."""
+    for name in ("lr", "initial_lr", "weight_decay", "momentum", "dampening"):
+        if group.get(name) is not None:
+            check_number(name, group[name])
+    if group.get("eps") is not None:
+        # Adafactor and the like have several, or none
+        for eps in group["eps"] if isinstance(group["eps"], tuple | list) else (group["eps"],):
+            if eps is not None:
+                check_number("eps", eps)
+    if (betas := group.get("betas")) is not None and not all(0 <= float(beta) < 1 for beta in betas):
+        raise ValueError(f"betas are {tuple(betas)}, expected numbers in [0, 1)")
+
+
+# Gradients that are not finite
 
 
 class NonFiniteGuard:
@@ -65,13 +104,19 @@ class NonFiniteGuard:
 
 def is_finite(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
     """Whether all are finite, and their squares add up to a finite number, which second moments need: 0-d, bool."""
-    dense = [gradient.coalesce().values() if gradient.is_sparse else gradient for gradient in gradients]
-    norms = [torch.linalg.vector_norm(gradient, dtype=_at_least_fp32(gradient)) for gradient in dense]
+    dense = [real(gradient.coalesce().values() if gradient.is_sparse else gradient) for gradient in gradients]
+    device = dense[0].device
+    norms = [torch.linalg.vector_norm(gradient, dtype=_at_least_fp32(gradient)).to(device) for gradient in dense]
     return torch.stack(norms).square().isfinite().all()
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def refuse_sparse(gradients: Iterable[torch.Tensor | None]) -> None:
+    if any(gradient is not None and gradient.is_sparse for gradient in gradients):
+        raise NotImplementedError("the gradient is sparse; set sparse=False on the embedding")
 
 
 class GuardedStep:
@@ -101,24 +146,7 @@ class GuardedStep:
         return True
 
 
-def load_keeping_dtypes(optimizer: Optimizer, load: Callable[[Any], None], state_dict: dict[str, Any]) -> None:
-    """Runs torch's `load_state_dict`, then undoes its cast of fp32 state to the dtype of a bf16 parameter."""
-    load(state_dict)
-    saved_ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, p in zip(saved_ids, parameters, strict=True):
-        for key, value in state_dict["state"].get(index, {}).items():
-            if torch.is_tensor(value) and key != "step":  # where a step belongs, torch decides
-                optimizer.state[p][key] = value.detach().clone().to(p.device)
-
-
-def check_same(what: str, ours: Any, state_dict: dict[str, Any], key: str) -> None:
-    for group in state_dict["param_groups"]:
-        if key in group and group[key] != ours:
-            raise ValueError(
-                f"the saved optimizer state was made with another {what} ({group[key]}, this one is {ours}); resume "
-                f"with the {what} of that run, or start a new run"
-            )
+# The average
 
 
 def average_weight(step: Step, eta: float) -> Step:

@@ -1,14 +1,19 @@
-"""What may move the coefficients of a basis, what they may move, and from where the weights follow them."""
+"""What may move the coefficients of a basis, what they may move, and from which start."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch.optim import Optimizer
 
 from ..subspace import Basis
+from ..subspace.basis import start_sample
+from ._common import check_group
+
+logger = logging.getLogger(__name__)
 
 
 def check_inner(inner: Optimizer) -> None:
@@ -25,6 +30,7 @@ def check_inner(inner: Optimizer) -> None:
         raise NotImplementedError("differentiable=True is not supported here; meta-train with hf_sl2o.meta.unroll")
     if len(inner.param_groups) != 1:
         raise ValueError("inner must have exactly one param group, the list it was given")
+    check_group(inner.param_groups[0])
 
 
 def check_trainable(names: Sequence[str], covered: Sequence[torch.Tensor]) -> None:
@@ -36,10 +42,19 @@ def check_trainable(names: Sequence[str], covered: Sequence[torch.Tensor]) -> No
         )
 
 
-def anchors_of(params: Sequence[torch.Tensor], basis: Basis, coefficients: torch.Tensor) -> list[torch.Tensor]:
-    """Returns theta_0: the weights less what `coefficients` have moved; empty if all are moved in place (fp32)."""
-    if all(p.dtype == basis.compute_dtype for p in params):
-        return []
-    anchors = [p.detach().clone() for p in params]
-    basis.assign_(anchors, anchors, -coefficients)
-    return anchors
+def warn_of_another_start(basis: Basis, covered: Sequence[torch.Tensor]) -> None:
+    """Warns where the weights are neither at the start nor at the end of the run that the basis was made from."""
+    if basis.start is None:
+        return
+    from_run = basis.start.to(covered[0].device)  # (2, k, 16)
+    now = start_sample(covered).to(from_run.device)  # (k, 16)
+    # A start in bf16 or fp16 is the same one: a unit in the last place of the largest of a tensor's numbers.
+    tolerance = 2.0**-7 * from_run.abs().amax(dim=(0, 2)).clamp_min(1e-30)  # (k,)
+    away = ((now - from_run).abs().amax(dim=2) > tolerance).any(dim=1)  # (2,)
+    if bool(away.all()):
+        index = int(((now - from_run[0]).abs().amax(dim=1) > tolerance).nonzero()[0])
+        logger.warning(
+            "the weights are not those that the basis was made from (first difference: %s): a subspace of another "
+            "start holds little of what this run needs. Load the model with the weights of the recorded run's start",
+            basis.layout.names[index],
+        )

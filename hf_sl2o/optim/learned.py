@@ -7,29 +7,52 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from ..rule import Rule, RuleState
 from ..rule_config import check_average
-from ._common import NonFiniteGuard, average_weight, check_same, is_finite, load_keeping_dtypes
+from ._common import (
+    NonFiniteGuard,
+    average_weight,
+    check_group,
+    check_number,
+    is_finite,
+    real,
+    refuse_sparse,
+    trains,
+)
+from ._piece import Piece
+from ._state import check_entry, check_same, check_state, load_keeping_dtypes, warn_of_another_rate
+from ._two_points import HINT, attach, parameters_of
+
+# Factors that are no matrices of the network: their sides say nothing of its width.
+_NO_WIDTH = ("oft_", "boft_")
 
 
 class LearnedOptimizer(Optimizer):
     """A learned rule as a `torch.optim.Optimizer` over any tensors, such as LoRA factors or a small network.
 
     theta = theta - lr * step_factor * rule(g): every scalar is a coordinate of the rule. `step_factor` is 1, or what
-    the rule asks for over wide matrices. State is fp32; use fp32 weights, or increments below a bf16 unit vanish (a
-    basis has no such limit, see [`SubspaceOptimizer`]). A step whose gradient holds NaN or Inf changes nothing and is
-    counted; three in a row raise `FloatingPointError`.
+    the rule asks for over wide matrices. A coordinate that never had a gradient does not move. State is fp32; use fp32
+    weights, or increments below a bf16 unit vanish (a basis has no such limit, see [`SubspaceOptimizer`]). A step
+    whose gradient holds NaN or Inf anywhere changes nothing and is counted; three in a row raise `FloatingPointError`.
+
+    With an `average` a run has two points: the last step, where it trains, and the running average. An optimizer that
+    was given the model leaves the weights at the average after each step, and takes them to the last step before a
+    forward pass for training, so that whoever evaluates or saves has the average. One that was given tensors leaves
+    them at the last step; `use_average` (or `eval`) and `use_last` (or `train`) go from one to the other. What a user
+    changes in the weights is changed in both points.
 
     Args:
-        params: Tensors, (name, tensor) pairs, or param group dicts.
+        params: A model, of which all trainable parameters are taken; or tensors, (name, tensor) pairs, param groups.
         rule ([`Rule`]): The update rule; it is moved to the parameters' device.
         lr (`float` or 0-d `torch.Tensor`, *optional*, defaults to 1.0): Multiplies the rule's output; 1.0 is the scale
             it was meta-trained at.
         betas (`tuple[float, float]`, *optional*): Defaults to the rule's own.
         eps (`float`, *optional*): Defaults to the rule's own.
-        weight_decay (`float`, *optional*, defaults to 0.0): Decoupled, as in AdamW.
+        weight_decay (`float`, *optional*, defaults to 0.0): Decoupled: theta shrinks by lr * step_factor *
+            output_scale * weight_decay a step, as by AdamW's lr * weight_decay at a step size of the rule's.
         foreach (`bool`, *optional*): None or True: one computation over all tensors of a group; False: a tensor at a
             time.
         maximize (`bool`, *optional*, defaults to `False`): Ascend.
@@ -37,13 +60,13 @@ class LearnedOptimizer(Optimizer):
             steps in a row then do not raise.
         differentiable (`bool`, *optional*, defaults to `False`): Autograd runs through `step`, for non-leaf tensors.
         total_steps (`int`, *optional*): Steps of the whole run, for a rule that sees the share that is done.
-        average (`float`, *optional*, defaults to 0.0): eta of a running average of the tensors, in which step t weighs
-            as t^eta; `use_average` puts it in their place for evaluation or saving, `use_last` ends that. 0: none.
+        average (`float`, *optional*, defaults to 0.0): eta of the running average, in which step t weighs as t^eta.
+            0: none.
 
     Raises:
         `TypeError`: `rule` is no rule.
-        `ValueError`: a negative `lr`, `weight_decay` or `average`, `betas` outside [0, 1), an `eps` that is not
-            positive; an average beside `differentiable=True`.
+        `ValueError`: a number that is NaN, infinite or negative; `betas` outside [0, 1); an `eps` of 0;
+            an average beside `differentiable=True`; a parameter on the meta device; a model with nothing to train.
 
     Example:
 
@@ -75,19 +98,18 @@ class LearnedOptimizer(Optimizer):
     ) -> None:
         if not isinstance(rule, Rule):
             raise TypeError(f"rule is a {type(rule).__name__}, expected a Rule such as LSTMRule")
-        if not torch.is_tensor(lr) and lr < 0:
-            raise ValueError(f"lr is {lr}, expected a number >= 0")
-        if weight_decay < 0:
-            raise ValueError(f"weight_decay is {weight_decay}, expected a number >= 0")
-        if betas is not None and not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas are {betas}, expected two numbers in [0, 1)")
-        if eps is not None and not eps > 0:
-            raise ValueError(f"eps is {eps}, expected a number > 0: a gradient of zero is divided by it")
         check_average(average)
+        if eps is not None:
+            check_number("eps", eps, above_zero=True)  # a gradient of zero is divided by it
         if average and differentiable:
             raise ValueError(
                 "an average is kept in place, which autograd cannot follow; leave differentiable or it out"
             )
+        params, model = parameters_of(params)
+        if model is not None:
+            params = [(name, p) for name, p in params if p.requires_grad]
+            if not params:
+                raise ValueError("no parameter of the model is trainable; set requires_grad, or add an adapter")
         defaults = {
             "lr": lr,
             "betas": (rule.config.beta1, rule.config.beta2) if betas is None else tuple(betas),
@@ -103,10 +125,22 @@ class LearnedOptimizer(Optimizer):
         self.rule, self.average = rule, average
         #: Shapes of the tensors that a parameter holds, where it is several in one (coefficients of an identity).
         self.tensor_shapes: list[tuple[int, ...]] | None = None
+        self._at_average = self._attached = False
         self._reset()
         super().__init__(params, defaults)
         self._device: torch.device | None = None
         self._follow()
+        if model is not None:
+            self.attach(model)
+
+    def attach(self, model: nn.Module) -> None:
+        """Tells the optimizer the model, where it was not given one: the weights then are where they are read.
+
+        Nothing to do without an average, or if it is known.
+        """
+        if self.average and not self._attached:
+            attach(self, model)
+            self._attached = True
 
     def _follow(self) -> None:
         """A model may be moved after its optimizer was made (`Accelerator.prepare`): rule and state go after it."""
@@ -117,21 +151,27 @@ class LearnedOptimizer(Optimizer):
         for p, state in self.state.items():
             state.update({name: value.to(p.device) for name, value in state.items() if torch.is_tensor(value)})
         self._device = device
-        self._flat.clear()
+        self._pieces.clear()
 
     def _reset(self) -> None:
-        self._flat: dict[tuple[int, ...], RuleState] = {}
+        self._pieces: dict[tuple[int, ...], Piece] = {}
         self._step_factor: float | None = None
         self._non_finite = NonFiniteGuard()
+        self._from_last = False  # whether the gradients to come are of the last step's weights
 
     def __getstate__(self) -> dict[str, Any]:
         own = {"rule": self.rule, "tensor_shapes": self.tensor_shapes, "average": self.average}
-        return {**super().__getstate__(), **own}
+        return {**super().__getstate__(), **own, "_at_average": self._at_average}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._device = None
-        self._reset()  # the flat buffers are made again from the state of each parameter
+        self._device, self._attached = None, self.__dict__.get("_attached", False)
+        self._reset()  # the pieces are made again from the state of each parameter
+
+    @property
+    def at_average(self) -> bool:
+        """Whether the weights are at the running average."""
+        return self._at_average
 
     @property
     def skipped_steps(self) -> int:
@@ -139,150 +179,220 @@ class LearnedOptimizer(Optimizer):
         return self._non_finite.total
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        if any(p.is_meta for p in self.param_groups[-1]["params"]):
+            raise ValueError(
+                "a parameter is on the meta device, so it has no values yet, and is another one when it is made; make "
+                "the model first (to_empty and load_state_dict, or from_pretrained), then its optimizer"
+            )
         self._step_factor = None
 
     @property
     def step_factor(self) -> float:
         """What the rule's steps are multiplied by for tensors of this width; see [`RuleConfig.step_factor`]."""
         if self._step_factor is None:
-            params = [p for group in self.param_groups for p in group["params"]]
-            shapes = [shape for p in params for shape in self.tensor_shapes or [p.shape]]
-            self._step_factor = self.rule.config.step_factor(shapes)
+            named: list[tuple[str, torch.Tensor]] = []
+            for group in self.param_groups:
+                names = group.get("param_names") or [""] * len(group["params"])
+                named += zip(names, group["params"], strict=True)
+            wide = [p for name, p in named if not any(part in name for part in _NO_WIDTH)]
+            self._step_factor = self.rule.config.step_factor(s for p in wide for s in self._shapes(p))
         return self._step_factor
 
+    def _shapes(self, p: torch.Tensor) -> list[tuple[int, ...]]:
+        return self.tensor_shapes or [tuple(real(p).shape)]
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; beside a model that is saved at its average it holds the last step, too."""
+        state_dict = super().state_dict()
+        if self._attached and not self._at_average:  # the model's state_dict() is that of the average
+            params = {id(p): p for group in self.param_groups for p in group["params"]}
+            keys = {id(p): i for i, p in enumerate(params.values())}
+            for piece in self._all_pieces():
+                average, now = piece.carried(), piece.weights()
+                for p, mean, last in zip(piece.params, piece.views(average), piece.views(now), strict=True):
+                    entry = state_dict["state"][keys[id(p)]]
+                    state_dict["state"][keys[id(p)]] = {**entry, "average": mean, "last": last}
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_state(self, state_dict, "rule_fingerprint")
         check_same("rule", self.rule.fingerprint, state_dict, "rule_fingerprint")
+        params = [p for group in self.param_groups for p in group["params"]]
+        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+        for index, p in zip(indices, params, strict=True):
+            if entry := state_dict["state"].get(index):
+                self._check_entry(entry, p, f"parameter {index}")
+        warn_of_another_rate(self, state_dict)
         total_steps = [group["total_steps"] for group in self.param_groups]
         load_keeping_dtypes(self, super().load_state_dict, state_dict)
         for group, steps in zip(self.param_groups, total_steps, strict=True):
             if steps is not None:  # of this run, which may be longer than the one that was saved
                 group["total_steps"] = steps
         for p, state in self.state.items():
-            state["step"] = state["step"].detach().clone().to(p.device)
-        self._flat = {}
+            if state:
+                state["step"] = state["step"].detach().clone().to(p.device)
+        self._pieces, self._device, self._from_last = {}, None, False
         self._follow()
-        if not self.average and any("last" in state for state in self.state.values()):
+        self._at_average = any("last" in state for state in self.state.values())
+
+    def _check_entry(self, entry: dict[str, Any], p: torch.Tensor, what: str) -> None:
+        if "last" in entry and not self.average:
             raise ValueError(
                 "the saved weights are at their running average, and this optimizer keeps none; resume with the same "
                 "average=... (sl2o_average)"
             )
+        meta = self.rule.init_state(real(p).numel(), device="meta")
+        shapes = {name: tuple(value.shape) for name, value in meta._asdict().items()}
+        shapes |= {name: tuple(real(p).shape) for name in ("average", "last") if name in entry}
+        check_entry(entry, shapes, what)
+        if bool(entry["step"] < 0) or bool((entry["exp_avg_sq"] < 0).any()):
+            raise ValueError(f"the saved optimizer state of {what} has a negative step or exp_avg_sq; restore it")
+
+    def _piece(self, params: Sequence[torch.Tensor]) -> Piece:
+        """What is kept of `params` as one; each parameter's own state is a view of it."""
+        key = tuple(id(p) for p in params)
+        if key not in self._pieces:
+            for p in params:
+                self._begin(p)
+            piece = Piece(params, self.state, with_average=bool(self.average))
+            self._pieces = {known: old for known, old in self._pieces.items() if not set(known) & set(key)}
+            self._pieces[key] = piece
+        return self._pieces[key]
+
+    def _begin(self, p: torch.Tensor) -> None:
+        """Makes the state of a parameter when it is first met."""
+        state = self.state[p]
+        if not state:
+            weights = next(self.rule.parameters(), None)
+            dtype = torch.promote_types(real(p).dtype, torch.float32) if weights is None else weights.dtype
+            state.update(self.rule.init_state(real(p).numel(), device=p.device, dtype=dtype)._asdict())
+        if self.average and "average" not in state:
+            state["average"] = real(p.detach()).to(torch.promote_types(real(p).dtype, torch.float32), copy=True)
+
+    def _all_pieces(self) -> list[Piece]:
+        """Every parameter that has a state, in exactly one piece."""
+        known = {number for key in self._pieces for number in key}
+        others = [p for p, state in self.state.items() if state and id(p) not in known]
+        if others:
+            self._piece(others)
+        return list(self._pieces.values())
 
     # The running average
 
     @torch.no_grad()
     def use_average(self) -> None:
         """Puts the running average in the place of each tensor; nothing to do if it is there, or none is kept."""
-        for p, state in self.state.items():
-            if "average" in state and "last" not in state:
-                state["last"] = p.detach().clone()
-                p.copy_(state["average"])
+        if self.average and not self._at_average and self.state:
+            self._follow()
+            for piece in self._all_pieces():
+                piece.to_average(self.state)
+            self._at_average = True
 
     @torch.no_grad()
     def use_last(self) -> None:
         """Puts each tensor back to where training goes on."""
-        for p, state in self.state.items():
-            if "last" in state:
-                p.copy_(state.pop("last"))
+        self._from_last = True
+        if self._at_average:
+            self._follow()
+            for piece in self._all_pieces():
+                piece.to_last(self.state)
+            self._at_average = False
+
+    def train(self) -> None:
+        """[`~LearnedOptimizer.use_last`] by the name that a Trainer and Accelerate call before a training step."""
+        self.use_last()
+
+    def eval(self) -> None:
+        """[`~LearnedOptimizer.use_average`] by the name that a Trainer and Accelerate call before an evaluation."""
+        self.use_average()
+
+    @torch.no_grad()
+    def published(self) -> dict[int, torch.Tensor]:
+        """The average by `id` of its parameter while the weights of an attached model are at the last step."""
+        if not self._attached or self._at_average:
+            return {}
+        return {
+            id(p): (torch.view_as_complex(view) if p.is_complex() else view).to(p.dtype, copy=True)
+            for piece in self._all_pieces()
+            for p, view in zip(piece.params, piece.views(piece.carried()), strict=True)
+        }
 
     # The step
-
-    def _dtype(self, p: torch.Tensor) -> torch.dtype:
-        weights = next(self.rule.parameters(), None)
-        return torch.promote_types(p.dtype, torch.float32) if weights is None else weights.dtype
-
-    def _state_of(self, p: torch.Tensor) -> RuleState:
-        """The state of one parameter, made when it is first met."""
-        state = self.state[p]
-        if not state:
-            fresh = self.rule.init_state(p.numel(), device=p.device, dtype=self._dtype(p))
-            state.update(fresh._asdict())
-        if self.average and "average" not in state:
-            state["average"] = p.detach().to(self._dtype(p), copy=True)
-        return RuleState(**{name: state[name] for name in RuleState._fields})
-
-    def _flat_state(self, params: Sequence[torch.Tensor]) -> RuleState:
-        """One state over the concatenation of `params`; each parameter's own state is a view of it."""
-        key = tuple(id(p) for p in params)
-        if key not in self._flat:
-            states = [self._state_of(p) for p in params]
-            flat = [torch.cat([state[i] for state in states]) for i in range(1, len(RuleState._fields))]
-            steps = torch.stack([state.step for state in states])
-            # Parameters that missed gradients are at another step, so their bias correction differs. Read once, here.
-            uniform = bool((steps == steps[0]).all())
-            sizes = torch.tensor([p.numel() for p in params], device=steps.device)
-            step = steps[0].clone() if uniform else steps.repeat_interleave(sizes)
-            whole, offset = RuleState(step, *flat), 0
-            for p in params:
-                part = slice(offset, offset + p.numel())
-                views = [tensor[part] for tensor in whole[1:]]
-                self.state[p].update(RuleState(step if uniform else step[offset], *views)._asdict())
-                offset += p.numel()
-            self._flat = {known: flat for known, flat in self._flat.items() if not set(known) & set(key)}
-            self._flat[key] = whole
-        return self._flat[key]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Does one update; returns the closure's loss."""
         loss = None
         if closure is not None:
+            self.use_last()
             with torch.enable_grad():
                 loss = closure()
         self._follow()
-        if any("last" in state for state in self.state.values()):
-            raise RuntimeError(
-                "the weights are at their running average, and so is this gradient; call use_last() before the "
-                "forward pass"
-            )
+        if self._at_average:
+            still = all(not torch.is_tensor(group["lr"]) and group["lr"] == 0 for group in self.param_groups)
+            if not (self._from_last or still):
+                raise RuntimeError(HINT)
+            self.use_last()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            for group in self.param_groups:
-                params = [p for p in group["params"] if p.grad is not None]
-                for p in params:
-                    if p.grad.is_sparse:
-                        raise NotImplementedError("the gradient is sparse; set sparse=False on the embedding")
+            groups = [(group, self._with_gradient(group)) for group in self.param_groups]
+            gradients = [p.grad for _, params in groups for p in params if p.grad is not None]
+            refuse_sparse(gradients)
+            if gradients and not self.defaults["differentiable"]:
+                finite = is_finite(gradients)  # () of the whole step, not of a group
+                self._non_finite.record(finite)
+            for group, params in groups:
                 if group["differentiable"]:
                     for p in params:
                         self._differentiable_update(p, group)
                 elif group["foreach"] is False:
                     for p in params:
-                        self._update([p], group)
+                        self._update([p], group, finite)
                 elif params:
-                    self._update(params, group)
+                    self._update(params, group, finite)
+        self._from_last = False
+        if self._attached:
+            self.use_average()
         if not self.defaults["capturable"] and not self.defaults["differentiable"]:
             self._non_finite.check()
         return loss
 
-    def _update(self, params: Sequence[torch.Tensor], group: dict[str, Any]) -> None:
-        """One computation over the concatenation of `params`."""
-        state = self._flat_state(params)
+    def _with_gradient(self, group: dict[str, Any]) -> list[torch.Tensor]:
+        return [p for p in group["params"] if p.grad is not None and p.numel() and trains(p)]
+
+    def _update(self, params: Sequence[torch.Tensor], group: dict[str, Any], finite: torch.Tensor) -> None:
+        """One computation over the concatenation of `params`; nothing changes where `finite` is false."""
+        piece = self._piece(params)
+        state = piece.state
+        if self.average:
+            piece.take_changes()
         # The border: from here on everything is in the dtype of the rule (fp32), whatever the model's.
-        g = torch.cat([p.grad.reshape(-1).to(state.exp_avg.dtype) for p in params if p.grad is not None])  # (N,)
+        g = torch.cat([real(p.grad).reshape(-1).to(state.exp_avg.dtype) for p in params if p.grad is not None])  # (N,)
         if group["maximize"]:
             g = -g
-        finite = is_finite([g])  # ()
-        self._non_finite.record(finite)
         options = {name: group[name] for name in ("betas", "eps", "total_steps")}
-        sizes = [math.prod(shape) for p in params for shape in self.tensor_shapes or [p.shape]]
+        sizes = [size for p in params for shape in self._shapes(p) if (size := math.prod(shape))]
         self.rule.update_(g, state, finite=finite, sizes=sizes, **options)
-        lr, factor, offset = group["lr"], self.step_factor, 0
-        for p in params:
-            delta = g[offset : offset + p.numel()].view_as(p)
-            offset += p.numel()
-            if group["weight_decay"]:
-                p.mul_(1 - lr * group["weight_decay"] * finite)
-            p.sub_((lr * factor * delta).to(p.dtype))
-            if self.average:
-                kept = self.state[p]
-                weight = finite * average_weight(kept["step"], self.average)  # ()
-                kept["average"].lerp_(p.to(kept["average"].dtype), weight)
+        lr, decay = group["lr"] * self.step_factor, group["weight_decay"]
+        for p, delta in zip(params, piece.views(g), strict=True):
+            weights = real(p.detach())
+            if decay:
+                weights.mul_(1 - lr * self.rule.config.output_scale * decay * finite)
+            weights.sub_((lr * delta).to(weights.dtype))
+        if self.average:
+            piece.average_(finite * average_weight(state.step, self.average))
 
     def _differentiable_update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
-        state = self._state_of(p)
+        self._begin(p)
+        state = RuleState(**{name: self.state[p][name] for name in RuleState._fields})
         assert p.grad is not None
         g = p.grad.reshape(-1).to(state.exp_avg.dtype)
         options = {name: group[name] for name in ("betas", "eps", "total_steps")}
         delta, state = self.rule(-g if group["maximize"] else g, state, **options)
         self.state[p].update(state._asdict())
+        lr = group["lr"] * self.step_factor
         if group["weight_decay"]:
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.sub_((group["lr"] * self.step_factor * delta).view_as(p).to(p.dtype))
+            p.mul_(1 - lr * self.rule.config.output_scale * group["weight_decay"])
+        p.sub_((lr * delta).view_as(p).to(p.dtype))

@@ -6,17 +6,20 @@ n parameters covered, d coefficients c, theta = theta_0 + lift(c), g = project(g
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from ..rule import Rule
 from ..rule_config import check_average
 from ..subspace import Basis
-from ._common import GuardedStep, NonFiniteGuard, average_weight, check_same, is_finite, load_keeping_dtypes
-from ._inner import anchors_of, check_inner, check_trainable
+from ._common import average_weight, check_group, check_number, is_finite, refuse_sparse, trains
+from ._inner import check_inner, check_trainable, warn_of_another_start
+from ._kept import KeepsCoefficients
+from ._two_points import HINT, attach, parameters_of
 from .learned import LearnedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -24,34 +27,41 @@ logger = logging.getLogger(__name__)
 Inner = Callable[[list[torch.Tensor]], Optimizer]
 
 
-class SubspaceOptimizer(Optimizer):
+class SubspaceOptimizer(KeepsCoefficients):
     """Trains a model by moving the d coefficients of a basis with any torch optimizer or a learned rule.
 
     g = project(gradients); c = inner step on (c, g); theta = theta + lift(c_new - c_old). Its param group holds the
     model's parameters, so that schedulers, Accelerate and GradScaler work; the coefficients belong to the inner
-    optimizer. fp32 weights are moved in place; weights below fp32 are written as anchor + lift(c), rounded once, since
-    increments below a bf16 unit would vanish (costs one copy of the weights).
+    optimizer. Weights are moved in place, in the wider of their precision and the basis'; those below it keep what was
+    rounded off, since increments below a bf16 unit would vanish (costs one copy of the weights). What a user changes
+    in the weights stays; a parameter that is frozen stays as it is.
 
     A step whose gradient holds NaN or Inf, inside or outside the basis, changes nothing and is counted; three in a row
-    raise `FloatingPointError`. Weight decay acts on c, towards the anchor. `state_dict` holds a `step` for each
-    parameter and the d-sized tensors under the first one, never the basis. Parameters outside the basis stay as they
-    are unless `outside` is given.
+    raise `FloatingPointError`. Weight decay of an inner optimizer acts on c, towards the start. `state_dict` holds a
+    `step` for each parameter and the d-sized tensors under the first one, never the basis. Parameters outside the
+    basis stay as they are unless `outside` is given.
+
+    With an `average` a run has two points: the last step, where it trains, and the running average of c. An optimizer
+    that was given the model leaves the weights at the average after each step, and takes them to the last step before
+    a forward pass for training, so that whoever evaluates or saves has the average (costs n numbers, and no second
+    pass over the basis). One that was given named parameters leaves them at the last step; `use_average` (or `eval`)
+    and `use_last` (or `train`) go from one to the other. Where a user replaces the weights, both points begin anew.
 
     Args:
-        params: `model.named_parameters()`, checked against the basis by name and shape; or plain tensors in the order
-            of the basis, checked by shape.
+        params: A model; or `model.named_parameters()`, checked against the basis by name and shape; or plain tensors
+            in the order of the basis, checked by shape.
         basis ([`Basis`]): The subspace; moved to the parameters' device.
         inner ([`Rule`], or a callable `[c] -> torch.optim.Optimizer`): What moves c, an fp32 tensor of shape `(d,)`.
         max_grad_norm (`float`, *optional*, defaults to 0.0): Clip the *projected* gradient to this norm; 0: never.
-        average (`float`, *optional*, defaults to 0.0): eta of a running average of c, in which step t weighs as t^eta;
-            `use_average` moves the weights there for evaluation or saving, `use_last` back. It costs d numbers, not n.
+        average (`float`, *optional*, defaults to 0.0): eta of a running average of c, in which step t weighs as t^eta.
             0: none.
         outside (callable `[parameters] -> torch.optim.Optimizer`, *optional*): Trains the trainable parameters outside
             the basis (a new head) in a second param group. By default they are left alone, and named in a warning.
 
     Raises:
         `ValueError`: the model's names or shapes differ from the basis (the first difference is named); a parameter
-            that the basis moves is frozen; a negative `average`, or one beside `capturable=True`.
+            that the basis moves is frozen, complex or on the meta device; a number that is NaN, infinite or negative;
+            an average beside `capturable=True`.
         `NotImplementedError`: an inner optimizer that needs a closure (LBFGS), or `differentiable=True`.
 
     Example:
@@ -71,7 +81,7 @@ class SubspaceOptimizer(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[Any],
+        params: Any,
         basis: Basis,
         inner: Rule | Inner,
         *,
@@ -80,10 +90,12 @@ class SubspaceOptimizer(Optimizer):
         outside: Inner | None = None,
     ) -> None:
         check_average(average)
+        check_number("max_grad_norm", max_grad_norm)
+        params, model = parameters_of(params)
         params = list(params)
         if params and isinstance(params[0], dict):
             raise ValueError(
-                "SubspaceOptimizer takes model.named_parameters(), not param groups: one basis, one group"
+                "SubspaceOptimizer takes a model, or its named_parameters(), not param groups: one basis, one group"
             )
         names: list[str] | None = None
         rest: list[tuple[str, torch.Tensor]] = []
@@ -102,12 +114,12 @@ class SubspaceOptimizer(Optimizer):
         if isinstance(self._inner, LearnedOptimizer):
             self._inner.tensor_shapes = self.basis.tensor_shapes
         self._outside: Optimizer | None = None
-        self._anchors: list[torch.Tensor] | None = None
-        self._pending: torch.Tensor | None = None  # (d,) the clipped projected gradient, made ahead of `step`
-        self._delta = torch.zeros_like(c)  # (d,) the last movement of c
+        self._delta = torch.zeros_like(c, requires_grad=False)  # (d,) the last movement of c
         self.average = average
         self._mean = torch.zeros_like(c, requires_grad=False) if average else None  # (d,)
-        self._at_average = False  # where the weights are
+        self._origin: torch.Tensor | None = None  # (d,) coordinates of theta_0, from the first step on
+        self._at_average = self._attached = False
+        self._fresh = True  # no state or coefficients were loaded: the weights are theta_0
         self._building = True
         inner_group = {key: value for key, value in self._inner.param_groups[0].items() if key != "params"}
         inner_group.pop("param_names", None)
@@ -120,6 +132,8 @@ class SubspaceOptimizer(Optimizer):
         super().__init__([group], {**inner_group, "basis_fingerprint": self.basis.fingerprint})
         if rest and outside is not None:
             self._outside = outside([parameter for _, parameter in rest])
+            for outside_group in self._outside.param_groups:
+                check_group(outside_group)
             self.param_groups.append(self._outside.param_groups[0])
             if names is not None:
                 self.param_groups[1]["param_names"] = [name for name, _ in rest]
@@ -131,63 +145,29 @@ class SubspaceOptimizer(Optimizer):
                 len(rest),
                 rest[0][0],
             )
-        self._reset_guards()
+        self._reset()
         self._building = False
+        if model is not None:
+            self.attach(model)
 
-    def _share_outside(self) -> None:
-        # Both optimizers then read and write the same state and the same group: schedulers and checkpoints just work.
-        if self._outside is not None:
-            self._outside.state = self.state
-            self._outside.param_groups = [self.param_groups[1]]
+    def attach(self, model: nn.Module) -> None:
+        """Tells the optimizer the model, where it was not given one: the weights then are where they are read.
+
+        Nothing to do without an average, or if it is known.
+        """
+        if self.average and not self._attached:
+            attach(self, model)
+            self._attached = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not getattr(self, "_building", True):
             raise ValueError(
                 "one basis is one param group; for further parameters use a second optimizer, or outside=..."
             )
+        check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
-    # State
-
-    _OWN = (
-        "basis", "max_grad_norm", "average", "_inner", "_outside", "_anchors", "_delta", "_mean", "_at_average",
-        "_building",
-    )  # fmt: skip
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in self._OWN}}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._pending = None
-        self._reset_guards()
-
-    def _reset_guards(self) -> None:
-        self._non_finite = NonFiniteGuard()
-        self._step_inner = GuardedStep(self._inner)
-        self._step_outside = None if self._outside is None else GuardedStep(self._outside)
-
-    def _follow(self) -> None:
-        """A model may be moved after its optimizer was made (`Accelerator.prepare`): what is kept here follows."""
-        device = self.param_groups[0]["params"][0].device
-        if self._c.device != device:
-            self._to(device)
-
-    def _to(self, device: torch.device) -> None:
-        self.basis = self.basis.to(device=device)
-        self._delta = self._delta.to(device)
-        self._mean = None if self._mean is None else self._mean.to(device)
-        self._pending = None if self._pending is None else self._pending.to(device)
-        self._anchors = None if self._anchors is None else [anchor.to(device) for anchor in self._anchors]
-        state = self._inner.state_dict()
-        self._inner.param_groups[0]["params"] = [torch.nn.Parameter(self._c.detach().to(device))]
-        self._inner.state.clear()
-        self._inner.load_state_dict(state)  # puts it where the parameter is, and a step where it belongs
-        self._step_inner = GuardedStep(self._inner)
-
-    @property
-    def _c(self) -> torch.Tensor:
-        return self._inner.param_groups[0]["params"][0]
+    # What it is at
 
     @property
     def inner(self) -> Optimizer:
@@ -195,13 +175,12 @@ class SubspaceOptimizer(Optimizer):
         return self._inner
 
     @property
-    def _here(self) -> torch.Tensor:
-        return self._mean if self._at_average and self._mean is not None else self._c.detach()
-
-    @property
     def coefficients(self) -> torch.Tensor:
-        """A copy of c, of shape `(d,)`, where the weights are: after `use_average` that of the average."""
-        return self._here.clone()
+        """A copy of c, of shape `(d,)`, of the weights that are saved: at the average after `use_average`, and always
+        if the optimizer knows the model."""
+        self._notice()
+        published = self._mean is not None and (self._at_average or self._attached)
+        return (self._mean if published and self._mean is not None else self._c.detach()).clone()
 
     @property
     def last_delta(self) -> torch.Tensor:
@@ -209,111 +188,132 @@ class SubspaceOptimizer(Optimizer):
         return self._delta
 
     @property
+    def grad_norm(self) -> torch.Tensor:
+        """Norm of the last step's projected gradient before clipping, 0-d; the next step writes into it."""
+        return self._norm
+
+    @property
+    def at_average(self) -> bool:
+        """Whether the weights are at the running average."""
+        return self._at_average
+
+    @property
     def skipped_steps(self) -> int:
         """Steps skipped because the gradient held NaN or Inf (reads the counter from the device)."""
         return self._non_finite.total
 
-    def _publish(self) -> None:
-        """Writes the d-sized tensors where `state_dict` finds them: tensors only, under the first parameter."""
-        params = self.param_groups[0]["params"]
-        first = self.state[params[0]]
-        if "step" not in first:
-            step = torch.zeros((), dtype=torch.float32)
-            for p in params:  # an entry for each parameter, or sharded loading refuses the state
-                self.state[p]["step"] = step
-        first["coefficients"] = self._c.detach()
-        if self._mean is not None:
-            first["average"] = self._mean
-            first["at_average"] = torch.tensor(float(self._at_average))
-        for key, value in self._inner.state[self._c].items():
-            if torch.is_tensor(value):
-                first["inner_step" if key == "step" else key] = value
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_same("basis", self.basis.fingerprint, state_dict, "basis_fingerprint")
-        if isinstance(self._inner, LearnedOptimizer):
-            check_same("rule", self._inner.rule.fingerprint, state_dict, "rule_fingerprint")
-        total_steps = self.param_groups[0].get("total_steps")
-        load_keeping_dtypes(self, super().load_state_dict, state_dict)
-        if total_steps is not None:  # of this run, which may be longer than the one that was saved
-            self.param_groups[0]["total_steps"] = total_steps
-        self._follow()
-        params = self.param_groups[0]["params"]
-        first = self.state[params[0]]
-        self._anchors = self._pending = None  # derived from the weights at the next step
-        inner_state = {}
-        if first:
-            step = first["step"].detach().clone().cpu()
-            for p in params:
-                self.state[p]["step"] = step
-            own = ("step", "coefficients", "average", "at_average")
-            inner_state = {key: value for key, value in first.items() if key not in own}
-            if "inner_step" in inner_state:
-                inner_state["step"] = inner_state.pop("inner_step").detach().clone()
-        with torch.no_grad():
-            self._c.copy_(first["coefficients"] if first else torch.zeros_like(self._c))
-            if self._mean is not None:  # a state without one: the average begins at its coefficients
-                self._mean = first.get("average", self._c.detach()).clone() if first else torch.zeros_like(self._mean)
-        self._at_average = bool(first.get("at_average", 0.0)) if first else False
-        if self._at_average and self._mean is None:
-            raise ValueError(
-                "the saved weights are at the average of the coefficients, and this optimizer keeps none; resume with "
-                "the same average=... (sl2o_average)"
-            )
-        groups = self._inner.state_dict()["param_groups"]
-        self._inner.load_state_dict({"state": {0: inner_state} if inner_state else {}, "param_groups": groups})
-        if first:
-            self._publish()
-        self._share_outside()
-
     @torch.no_grad()
     def load_coefficients(self, coefficients: torch.Tensor, *, move_weights: bool = True) -> None:
-        """Sets c; with `move_weights` the weights follow, else they are taken to be at `coefficients` already."""
+        """Sets c; with `move_weights` the weights follow, else they are taken to be at `coefficients` already.
+
+        Raises:
+            `ValueError`: another shape than `(d,)`, NaN or Inf.
+        """
         if coefficients.shape != self._c.shape:
             raise ValueError(f"got coefficients of shape {tuple(coefficients.shape)}, expected {tuple(self._c.shape)}")
+        if not bool(torch.isfinite(coefficients).all()):
+            raise ValueError("the coefficients hold NaN or Inf; restore them from where they came from")
         self._follow()
         coefficients = coefficients.to(self._c)
         if move_weights:
-            self._keep_anchors()
-            self._move(coefficients - self._here, coefficients)
+            here = self._mean if self._at_average and self._mean is not None else self._c.detach()
+            self._weights.move(coefficients - here)
         else:
-            self._anchors = None
-        self._c.copy_(coefficients)
+            self._origin = None  # measured at the next step
+        self._begin_at(coefficients)
+
+    def _begin_at(self, coefficients: torch.Tensor) -> None:
+        """Both points are at the weights as they are, which are at `coefficients`."""
+        self._fresh = False
+        self._weights.forget()
+        self._c.detach().copy_(coefficients)
         self._at_average = False
         if self._mean is not None:
             self._mean = coefficients.clone()
 
     # The running average
 
+    @torch.no_grad()
     def use_average(self) -> None:
         """Moves the weights to the running average of c; nothing to do if they are there, or none is kept."""
-        if self._mean is not None:
-            self._go(True)
-
-    def use_last(self) -> None:
-        """Moves the weights back to c, from where training goes on."""
-        self._go(False)
-
-    @torch.no_grad()
-    def _go(self, to_average: bool) -> None:
-        if self._at_average == to_average:
+        if self._mean is None or self._at_average:
             return
         self._follow()
-        self._keep_anchors()
-        before = self._here.clone()
-        self._at_average = to_average
-        self._move(self._here - before, self._here)
+        self._weights.to_published(self._c.detach() - self._mean)
+        self._at_average = True
         if self.state[self.param_groups[0]["params"][0]]:
-            self._publish()
+            self._publish_state()
+
+    @torch.no_grad()
+    def use_last(self) -> None:
+        """Moves the weights back to c, from where training goes on."""
+        self._from_last = True
+        if not self._at_average:
+            return
+        self._follow()
+        self._notice()
+        if not self._at_average:  # the weights are others, and training goes on from them
+            return
+        assert self._mean is not None
+        if (same := self._weights.as_written()) is not None:
+            # changed behind torch's back, through .data: known on the device alone
+            self._weights.stay(same)
+            self._mean = torch.where(same, self._mean, self._c.detach())
+        self._weights.to_last(self._c.detach() - self._mean)
+        self._at_average = False
+        self._publish_state()
+
+    def train(self) -> None:
+        """[`~SubspaceOptimizer.use_last`] by the name that a Trainer and Accelerate call before a training step."""
+        self.use_last()
+
+    def eval(self) -> None:
+        """[`~SubspaceOptimizer.use_average`] by the name that a Trainer and Accelerate call before an evaluation."""
+        self.use_average()
+
+    @torch.no_grad()
+    def published(self) -> dict[int, torch.Tensor]:
+        """The average by `id` of its parameter while the weights of an attached model are at the last step."""
+        if not self._attached or self._at_average or self._mean is None:
+            return {}
+        return self._weights.published(self._c.detach() - self._mean)
+
+    @torch.no_grad()
+    def _notice(self) -> None:
+        """Where somebody replaced or changed the published weights, both points begin anew at them."""
+        if not (self._at_average and self._weights.changed()):
+            return
+        if not self._told_changed:
+            self._told_changed = True
+            logger.warning(
+                "the weights were changed after a step: training, and its running average, begin anew at them"
+            )
+        self._begin_at(self._measured())
+
+    def _measured(self) -> torch.Tensor:
+        """c of the weights as they are, (d,)."""
+        if self._origin is None:
+            return self._mean if self._at_average and self._mean is not None else self._c.detach()
+        return self.basis.coordinates(self.param_groups[0]["params"]) - self._origin
+
+    @torch.no_grad()
+    def measure(self) -> torch.Tensor:
+        """Sets c to that of the weights as they are, such as those of a checkpoint that were loaded into the model.
+
+        Returns:
+            c of shape `(d,)`, to rounding; where the weights are outside the subspace, that of the nearest point.
+        """
+        self._follow()
+        self._begin_at(self._measured())
+        return self._c.detach().clone()
 
     # The step
 
     @torch.no_grad()
     def projected_gradient(self) -> torch.Tensor:
         """Returns g = project(gradients), of shape `(d,)`, unclipped; a parameter without gradient counts as zero."""
-        gradients = [p.grad for p in self.param_groups[0]["params"]]
-        if any(gradient is not None and gradient.is_sparse for gradient in gradients):
-            raise NotImplementedError("a gradient is sparse; set sparse=False on the embedding")
+        gradients = [p.grad if trains(p) else None for p in self.param_groups[0]["params"]]
+        refuse_sparse(gradients)
         self._follow()
         return self.basis.project(gradients)
 
@@ -327,73 +327,104 @@ class SubspaceOptimizer(Optimizer):
 
     @torch.no_grad()
     def clip_projected(self, max_norm: float) -> torch.Tensor:
-        """Projects and clips ahead of `step`, which then uses the result.
+        """Scales the gradients of the covered parameters in place, so that the norm of the projected one is at most
+        `max_norm`; 0: only measures. A `max_grad_norm` of the optimizer does this in `step`, without touching them.
 
         Returns:
             The norm of the projected gradient before clipping, 0-d.
         """
-        g = self.projected_gradient()
-        norm = torch.linalg.vector_norm(g)
-        self._pending = g * (max_norm / (norm + 1e-6)).clamp_max(1.0) if max_norm > 0 else g
+        norm = torch.linalg.vector_norm(self.projected_gradient())
+        if max_norm > 0:
+            for p in self.param_groups[0]["params"]:
+                if p.grad is not None:
+                    p.grad.mul_(_clipped(norm, max_norm))
         return norm
-
-    def _keep_anchors(self) -> None:
-        if self._anchors is None:
-            self._anchors = anchors_of(self.param_groups[0]["params"], self.basis, self._here)
-
-    def _move(self, delta: torch.Tensor, coefficients: torch.Tensor) -> None:
-        params = self.param_groups[0]["params"]
-        if self._anchors:
-            self.basis.assign_(params, self._anchors, coefficients)
-        else:
-            self.basis.add_(params, delta)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Does one update; returns the closure's loss."""
         loss = None
         if closure is not None:
+            self.use_last()
             with torch.enable_grad():
                 loss = closure()
         group = self.param_groups[0]
-        covered = any(p.grad is not None for p in group["params"])
+        covered = any(p.grad is not None and trains(p) for p in group["params"])
         gradients = [p.grad for other in self.param_groups[1:] for p in other["params"] if p.grad is not None]
         if not covered and not gradients:
             return loss
+        still = not torch.is_tensor(group["lr"]) and group["lr"] == 0
         if covered and self._at_average:
-            raise RuntimeError(
-                "the weights are at the average of the coefficients, and so is this gradient; call use_last() before "
-                "the forward pass"
-            )
+            if not (self._from_last or still):
+                raise RuntimeError(HINT)
+            self.use_last()
         self._follow()
-        if covered and self._pending is None:
-            self.clip_projected(self.max_grad_norm)
-        g, self._pending = self._pending, None  # (d,)
+        g = None
+        if covered:
+            g = self.projected_gradient()  # (d,)
+            self._norm.copy_(torch.linalg.vector_norm(g))
+            if self.max_grad_norm > 0:
+                g = g * _clipped(self._norm, self.max_grad_norm)
         finite = is_finite(gradients if g is None else [g, *gradients])  # ()
         self._non_finite.record(finite)
         if self._step_outside is not None:
             self._step_outside(finite)
         if g is not None:
-            self._step_inside(g, finite)
+            self._tell_frozen()
+            self._step_inside(g, finite, still)
+        self._from_last = False
         if not group.get("capturable"):
             self._non_finite.check()
         return loss
 
-    def _step_inside(self, g: torch.Tensor, finite: torch.Tensor) -> None:
+    def _step_inside(self, g: torch.Tensor, finite: torch.Tensor, still: bool) -> None:
         """Moves c along the projected gradient g of shape `(d,)`, and the weights with it."""
         group, inner_group = self.param_groups[0], self._inner.param_groups[0]
         inner_group.update({key: group[key] for key in inner_group if key not in ("params", "param_names")})
-        self._keep_anchors()
         c = self._c
+        if self._origin is None:
+            if self._fresh:
+                warn_of_another_start(self.basis, group["params"])
+            self._origin = self.basis.coordinates(group["params"]) - c.detach()
+        self._fresh = False
         c_before = c.detach().clone()
         c.grad = torch.where(finite, g, 0)
-        if not self._step_inner(finite):
-            return
-        self._delta = c.detach() - c_before  # (d,)
-        if torch.is_tensor(group["lr"]) or group["lr"] != 0:  # at lr 0 not even the sign of a zero changes
-            self._move(self._delta, c.detach())
-        self._publish()
-        step = self.state[group["params"][0]]["step"]
-        step += 1
-        if self._mean is not None:
-            self._mean.lerp_(c.detach(), float(average_weight(step, self.average)))
+        stepped = self._step_inner(finite)
+        if stepped:
+            # in fp64, where the weights are: theta_0 + lift(c) then holds to their last digit
+            wide = torch.promote_types(c.dtype, self._widest)
+            self._delta = c.detach().to(wide) - c_before.to(wide)  # (d,)
+            step = self.state[group["params"][0]].get("step")
+            t = 1.0 if step is None else step + 1
+            moved = finite & (self._delta != 0).any()  # () a step at lr 0 is none
+            if self._mean is not None:
+                self._mean.lerp_(c.detach(), (moved * average_weight(t, self.average)).to(c.dtype))
+            if self._attached and self._mean is not None:
+                self._weights.publish(self._delta, c.detach() - self._mean, moved)
+                self._at_average = True
+            elif not still:  # at lr 0 not even the sign of a zero changes
+                self._weights.move(self._delta)
+        elif self._attached:
+            self.use_average()
+        if stepped:
+            self._publish_state()
+            step = self.state[group["params"][0]]["step"]
+            step += 1
+
+    @property
+    def _widest(self) -> torch.dtype:
+        wide = any(p.dtype == torch.float64 for p in self.param_groups[0]["params"])
+        return torch.float64 if wide else self._c.dtype
+
+    def _tell_frozen(self) -> None:
+        if not self._told_frozen and not all(trains(p) for p in self.param_groups[0]["params"]):
+            self._told_frozen = True
+            logger.warning(
+                "a parameter that the basis moves was frozen after the optimizer was made: it stays as it is, and the "
+                "weights are no longer at the coefficients of the whole basis"
+            )
+
+
+def _clipped(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """What a gradient of this norm is multiplied by, 0-d."""
+    return (max_norm / (norm + 1e-6)).clamp_max(1.0)

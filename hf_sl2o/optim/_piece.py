@@ -1,0 +1,124 @@
+"""Parameters that a rule steps together, as one vector, and the two points of a run with a running average."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+
+from ..rule import RuleState
+from ._common import real, trains
+
+
+class Piece:
+    """The concatenation of what is kept of some parameters; each one's own state is made a view of it.
+
+    N is the number of their scalars (a complex one counts twice). The average is at least fp32, whatever the weights.
+
+    Args:
+        params: The parameters, each with a state.
+        states: What an optimizer keeps of each; changed in place.
+        with_average (`bool`): Whether there is a running average.
+    """
+
+    def __init__(
+        self, params: Sequence[torch.Tensor], states: Mapping[torch.Tensor, dict[str, Any]], *, with_average: bool
+    ) -> None:
+        self.params = list(params)
+        of = [states[p] for p in self.params]
+        self.sizes = [real(p).numel() for p in self.params]
+        self.dtype = reduce(torch.promote_types, (real(p).dtype for p in self.params), torch.float32)
+        steps = torch.stack([state["step"] for state in of])
+        # Parameters that missed gradients are at another step, so their bias correction differs. Read once, here.
+        uniform = bool((steps == steps[0]).all())
+        counts = torch.tensor(self.sizes, device=steps.device)
+        self.state = RuleState(
+            steps[0].clone() if uniform else steps.repeat_interleave(counts),
+            *(torch.cat([state[name] for state in of]) for name in RuleState._fields[1:]),
+        )
+        #: (N,) the published point, and the last step as it was written to the weights (None: not known).
+        self.average: torch.Tensor | None = None
+        self.last: torch.Tensor | None = None
+        if with_average:
+            self.average = torch.cat([state["average"].reshape(-1).to(self.dtype) for state in of])
+            if all("last" in state for state in of):
+                self.last = torch.cat([state["last"].reshape(-1).to(self.dtype) for state in of])
+        offset = 0
+        for p, state, size in zip(self.params, of, self.sizes, strict=True):
+            part = slice(offset, offset + size)
+            step = self.state.step if uniform else (self.state.step[offset] if size else state["step"])
+            state.update(RuleState(step, *(tensor[part] for tensor in self.state[1:]))._asdict())
+            for name, flat in (("average", self.average), ("last", self.last)):
+                if flat is not None and name in state:
+                    state[name] = flat[part].view(real(p).shape)
+            offset += size
+
+    def views(self, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Splits (N,) into a tensor of each parameter's shape."""
+        parts = flat.split(self.sizes)
+        return [part.view(real(p).shape) for p, part in zip(self.params, parts, strict=True)]
+
+    def weights(self) -> torch.Tensor:
+        """The weights as they are, (N,)."""
+        return torch.cat([real(p.detach()).reshape(-1).to(self.dtype) for p in self.params])
+
+    def write(self, flat: torch.Tensor) -> None:
+        """Writes (N,) to the weights; those that were frozen since stay."""
+        pairs = [(real(p.detach()), v) for p, v in zip(self.params, self.views(flat), strict=True) if trains(p)]
+        if pairs:
+            torch._foreach_copy_([weights for weights, _ in pairs], [view for _, view in pairs])
+
+    def _as_written(self, flat: torch.Tensor) -> torch.Tensor:
+        """(N,) as the weights hold it: rounded where they are below fp32."""
+        if all(real(p).dtype == self.dtype for p in self.params):
+            return flat
+        views = zip(self.params, self.views(flat), strict=True)
+        return torch.cat([view.to(real(p).dtype).to(self.dtype).reshape(-1) for p, view in views])
+
+    def carried(self) -> torch.Tensor:
+        """The average while the weights are at the last step, (N,): what was changed in them is changed in it, too."""
+        assert self.average is not None
+        if self.last is None:
+            return self.average
+        now = self.weights()
+        return torch.where(now != self.last, now, self.average)
+
+    def take_changes(self) -> None:
+        """Before a step: what was changed in the weights since they were written is taken over into the average."""
+        assert self.average is not None
+        if self.last is not None:
+            self.average.copy_(self.carried())
+        self.last = self.weights()
+
+    def average_(self, weight: torch.Tensor) -> None:
+        """After a step: moves the average by `weight`, () or (N,); not at all if no weight has moved."""
+        assert self.average is not None and self.last is not None
+        now = self.weights()
+        moved = (now != self.last).any()  # () a step at lr 0 is none
+        self.average.lerp_(now, (weight * moved).to(self.dtype))
+        self.last = now
+
+    def to_average(self, states: Mapping[torch.Tensor, dict[str, Any]]) -> None:
+        self.take_changes()
+        assert self.average is not None and self.last is not None
+        for p, view in zip(self.params, self.views(self.last), strict=True):
+            states[p]["last"] = view
+        self.write(self.average)
+
+    def to_last(self, states: Mapping[torch.Tensor, dict[str, Any]]) -> None:
+        """What was changed in the weights while they were at the average is taken over into both points."""
+        assert self.average is not None
+        now = self.weights()
+        changed = now != self._as_written(self.average)
+        if self.last is None:
+            self.last = now.clone()
+        for view, p in zip(self.views(changed), self.params, strict=True):
+            if not trains(p):
+                view.fill_(True)
+        self.last.copy_(torch.where(changed, now, self.last))
+        self.average.copy_(torch.where(changed, now, self.average))
+        for p in self.params:
+            states[p].pop("last", None)
+        self.write(self.last)

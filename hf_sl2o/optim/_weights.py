@@ -1,0 +1,280 @@
+"""The weights that follow the coefficients of a basis, and the two points of a run with a running average.
+
+theta = theta_0 + lift(c). Moves are relative to the weights as they are, so that what a user changes in them stays.
+Weights below the precision of the sums keep what was rounded off (a tensor of their size and dtype), so that small
+moves add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..subspace import Basis
+from ._common import trains
+
+
+@dataclass
+class _Follower:
+    """One parameter: what is kept of it beside its weights."""
+
+    #: What was rounded off, of its shape and dtype; None in the precision of the sums.
+    rounded_off: torch.Tensor | None = None
+    #: While the weights are published: the way to the last step. While they are at the last step: the published ones.
+    other: torch.Tensor | None = None
+    #: Of weights that are rounded: the other point and what was rounded off there; they are exchanged.
+    exchange: tuple[torch.Tensor, torch.Tensor] | None = None
+
+
+class Weights:
+    """Moves parameters along a basis, between the last step and the published point.
+
+    Args:
+        basis ([`Basis`]): On the parameters' device.
+        params (`Callable`): Returns the parameters, in the order of the basis; they are read at each call.
+    """
+
+    def __init__(self, basis: Basis, params: Callable[[], Sequence[torch.Tensor]]) -> None:
+        self.basis, self.params = basis, params
+        self.followers: list[_Follower] | None = None
+        self._seen: list[tuple[int, int, torch.device]] | None = None  # what the weights were when written
+        self._norms: torch.Tensor | None = None
+        self._begun: list[tuple[int, int, torch.device]] | None = None  # what they were when a step's forward began
+
+    def to(self, device: torch.device) -> None:
+        """Moves what is kept to where the weights are."""
+        for follower in self.followers or ():
+            for name in ("rounded_off", "other"):
+                if (value := getattr(follower, name)) is not None:
+                    setattr(follower, name, value.to(device))
+            if follower.exchange is not None:
+                follower.exchange = (follower.exchange[0].to(device), follower.exchange[1].to(device))
+
+    def forget(self) -> None:
+        """Takes the weights as they are: nothing is rounded off, and there is no other point."""
+        self.followers = self._seen = self._norms = self._begun = None
+
+    def _each(self) -> list[tuple[int, torch.Tensor, torch.Tensor, _Follower]]:
+        """(index, parameter, its flat weights, what is kept) of those that are trained."""
+        params = self.params()
+        if self.followers is None:
+            self.followers = [_Follower() for _ in params]
+        each = []
+        for index, (p, follower) in enumerate(zip(params, self.followers, strict=True)):
+            if trains(p) and p.numel():
+                flat = p.detach().reshape(-1)  # a copy where the memory is not contiguous
+                if self._is_rounded(p) and follower.rounded_off is None:
+                    follower.rounded_off = torch.zeros_like(flat)
+                each.append((index, p, flat, follower))
+        return each
+
+    def _is_rounded(self, p: torch.Tensor) -> bool:
+        return p.dtype != self._wide(p)
+
+    def _wide(self, p: torch.Tensor) -> torch.dtype:
+        """Precision of the sums."""
+        return torch.promote_types(p.dtype, self.basis.compute_dtype)
+
+    # Moves
+
+    def move(self, delta: torch.Tensor) -> None:
+        """theta = theta + lift(delta), delta of shape (d,)."""
+        params = self.params()
+        if all(trains(p) and not self._is_rounded(p) for p in params):
+            self.basis.add_(params, delta)  # in place, no temporary
+            self._drop_other()
+            return
+        for index, p, flat, follower in self._each():
+            for start, stop, lifted in self.basis.lift_rows(index, delta[None], self._wide(p)):
+                part = slice(start, stop)
+                _put(self._exactly(flat, follower, part) + lifted[0], flat, follower.rounded_off, part)
+            _write_back(p, flat)
+        self._drop_other()
+
+    def _drop_other(self) -> None:
+        for follower in self.followers or ():
+            follower.other = follower.exchange = None
+
+    @staticmethod
+    def _exactly(flat: torch.Tensor, follower: _Follower, part: slice) -> torch.Tensor:
+        """Weights plus what was rounded off, unless they are others than those it was rounded off from."""
+        weights, rest = flat[part], follower.rounded_off
+        if rest is None:
+            return weights
+        wide = weights.float() if weights.dtype != torch.float32 else weights.double()
+        below = rest[part].to(wide.dtype)
+        # A rest of half a unit, itself rounded, is of these weights, too: hence a little less.
+        same = (wide + below * (1 - 2**-6)).to(weights.dtype) == weights
+        return torch.where(same, wide + below, wide)
+
+    def publish(self, delta: torch.Tensor, ahead: torch.Tensor, moved: torch.Tensor) -> None:
+        """From the last step's weights by `delta` to the new ones, and from there back by `ahead` to the published.
+
+        Args:
+            delta, ahead (`torch.Tensor` of shape `(d,)`): How far c has moved; how far it is ahead of the average.
+            moved (0-d bool `torch.Tensor`): Where false, the weights go back to the published point that they were at.
+        """
+        rows = torch.stack([delta, ahead])
+        if self._begun != self._versions():  # changed by a user at the last step, and to stay so
+            self._drop_other()
+        for index, p, flat, follower in self._each():
+            if follower.rounded_off is not None:
+                self._publish_rounded(index, p, flat, follower, rows, moved)
+                continue
+            before, way = follower.other, torch.empty_like(flat)
+            for start, stop, lifted in self.basis.lift_rows(index, rows, self._wide(p)):
+                part = slice(start, stop)
+                published = lifted[0].add_(flat[part]).sub_(lifted[1])  # lifted is a temporary
+                if before is None:
+                    flat[part] = published
+                else:
+                    torch.where(moved, published, before[part], out=flat[part])
+                way[part] = lifted[1]
+            follower.other = way
+            _write_back(p, flat)
+        self._remember()
+
+    def _publish_rounded(
+        self,
+        index: int,
+        p: torch.Tensor,
+        flat: torch.Tensor,
+        follower: _Follower,
+        rows: torch.Tensor,
+        moved: torch.Tensor,
+    ) -> None:
+        rest, before = follower.rounded_off, follower.exchange
+        assert rest is not None
+        last, last_rest = torch.empty_like(flat), torch.empty_like(flat)
+        for start, stop, lifted in self.basis.lift_rows(index, rows, self._wide(p)):
+            part = slice(start, stop)
+            exact = self._exactly(flat, follower, part) + lifted[0]
+            _put(exact, last, last_rest, part)
+            _put(exact - lifted[1], flat, rest, part)
+            if before is not None:
+                flat[part] = torch.where(moved, flat[part], before[0][part])
+                rest[part] = torch.where(moved, rest[part], before[1][part])
+        follower.exchange = (last, last_rest)
+        _write_back(p, flat)
+
+    def to_published(self, ahead: torch.Tensor) -> None:
+        """From the last step's weights to the published ones, `ahead` of shape (d,) behind them, without a step."""
+        rows = torch.stack([torch.zeros_like(ahead), ahead])
+        for index, p, flat, follower in self._each():
+            if follower.rounded_off is not None and follower.exchange is not None:
+                _exchange(flat, follower)
+            elif follower.rounded_off is not None:
+                follower.exchange = (flat.clone(), follower.rounded_off.clone())
+                for start, stop, lifted in self.basis.lift_rows(index, rows, self._wide(p)):
+                    part = slice(start, stop)
+                    _put(self._exactly(flat, follower, part) - lifted[1], flat, follower.rounded_off, part)
+            else:
+                before, way = follower.other, torch.empty_like(flat)
+                for start, stop, lifted in self.basis.lift_rows(index, rows, self._wide(p)):
+                    part = slice(start, stop)
+                    flat[part] = flat[part] - lifted[1] if before is None else before[part]
+                    way[part] = lifted[1]
+                follower.other = way
+            _write_back(p, flat)
+        self._remember()
+
+    def to_last(self, ahead: torch.Tensor) -> None:
+        """From the published weights to those of the last step, `ahead` of shape (d,) ahead of them."""
+        rows = torch.stack([torch.zeros_like(ahead), ahead])
+        for index, p, flat, follower in self._each():
+            if follower.rounded_off is not None and follower.exchange is not None:
+                _exchange(flat, follower)
+            elif follower.rounded_off is not None:
+                published, kept = flat.clone(), follower.rounded_off.clone()
+                for start, stop, lifted in self.basis.lift_rows(index, rows, self._wide(p)):
+                    part = slice(start, stop)
+                    _put(self._exactly(flat, follower, part) + lifted[1], flat, follower.rounded_off, part)
+                follower.exchange = (published, kept)
+            else:
+                if follower.other is None:  # a resumed run
+                    follower.other = torch.empty_like(flat)
+                    for start, stop, lifted in self.basis.lift_rows(index, rows, self._wide(p)):
+                        follower.other[start:stop] = lifted[1]
+                last = follower.other.add_(flat)
+                follower.other = flat.clone()
+                flat.copy_(last)
+            _write_back(p, flat)
+        self._begun = self._versions()
+
+    def published(self, ahead: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Copies of the published weights by `id` of their parameter, while these are at the last step."""
+        found = {}
+        for index, p, flat, follower in self._each():
+            if follower.exchange is not None:
+                weights = follower.exchange[0].clone()
+            elif follower.other is not None:
+                weights = follower.other.clone()
+            else:
+                weights = torch.empty_like(flat)
+                for start, stop, lifted in self.basis.lift_rows(index, ahead[None], self._wide(p)):
+                    weights[start:stop] = self._exactly(flat, follower, slice(start, stop)) - lifted[0]
+            found[id(p)] = weights.view(p.shape)
+        return found
+
+    # Whether somebody else has changed them
+
+    def _remember(self) -> None:
+        self._seen = self._versions()
+        self._norms = self._measure(self.params())
+
+    def _versions(self) -> list[tuple[int, int, torch.device]]:
+        return [(p.data_ptr(), p._version, p.device) for p in self.params()]
+
+    @staticmethod
+    def _measure(params: Sequence[torch.Tensor]) -> torch.Tensor:
+        tensors = [p.detach() for p in params if p.numel()]
+        halves = [p.reshape(-1)[::2] for p in tensors]  # so that an exchange of neighbours shows
+        norms = torch._foreach_norm(tensors, 2, torch.float32) + torch._foreach_norm(halves, 2, torch.float32)
+        return torch.stack([norm.to(norms[0].device) for norm in norms])
+
+    def changed(self) -> bool:
+        """Whether the published weights were replaced or changed in place since they were written, as far as the host
+        knows: a change through `.data` shows in `as_written` alone."""
+        if self._seen is None:
+            return False
+        now = self._versions()
+        if [device for *_, device in now] != [device for *_, device in self._seen]:
+            self._seen, self._norms = now, None  # the model was moved, with all that is in it
+        return now != self._seen
+
+    def as_written(self) -> torch.Tensor | None:
+        """0-d bool, on the device: whether the published weights are those that were written; None: not known."""
+        return None if self._norms is None else (self._measure(self.params()) == self._norms).all()
+
+    def stay(self, same: torch.Tensor) -> None:
+        """Where a 0-d `same` is false, the last step is at the published weights as they are now."""
+        for _, _, flat, follower in self._each():
+            if follower.exchange is not None and follower.rounded_off is not None:
+                last, rest = follower.exchange
+                last.copy_(torch.where(same, last, flat))
+                rest.mul_(same)
+            elif follower.other is not None:
+                follower.other.mul_(same)
+
+
+def _put(exact: torch.Tensor, flat: torch.Tensor, rest: torch.Tensor | None, part: slice) -> None:
+    """Rounds `exact` to the weights, and keeps the rest."""
+    flat[part] = exact
+    if rest is not None:
+        rest[part] = exact - flat[part].to(exact.dtype)
+
+
+def _exchange(flat: torch.Tensor, follower: _Follower) -> None:
+    """Swaps the weights, and what was rounded off, with those of the other point."""
+    assert follower.exchange is not None and follower.rounded_off is not None
+    weights, rest = follower.exchange
+    follower.exchange = (flat.clone(), follower.rounded_off)
+    flat.copy_(weights)
+    follower.rounded_off = rest
+
+
+def _write_back(p: torch.Tensor, flat: torch.Tensor) -> None:
+    if flat.data_ptr() != p.data_ptr():
+        p.detach().copy_(flat.view(p.shape))
