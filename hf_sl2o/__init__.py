@@ -7,12 +7,13 @@ import warnings
 
 from .arguments import SL2OTrainingArguments
 from .batch_norm import BatchNormCallback, recalibrate_batch_norm
-from .callbacks import AverageCallback, SubspaceLogCallback, TrajectoryCallback
+from .build import SubspaceOptimizerFactory, build_optimizer
+from .callbacks import SubspaceLogCallback, TrajectoryCallback
 from .estimators import PES, Estimator, FirstOrder, SecondOrder, unroll
 from .meta import MetaTrainer
 from .meta_arguments import MetaTrainingArguments
 from .optim import LearnedOptimizer, SubspaceOptimizer
-from .registry import SubspaceOptimizerFactory, build_optimizer, register
+from .registry import register
 from .rule import LSTMRule, Rule, RuleConfig, RuleState, SymbolicRule
 from .subspace import Basis, DenseBasis, IdentityBasis, Layout, RandomBasis, Trajectory, fit_basis
 from .tasks import Task, train_on
@@ -21,7 +22,6 @@ from .trainer import SL2OTrainer
 __version__ = "0.1.0"
 
 __all__ = [
-    "AverageCallback",
     "Basis",
     "BatchNormCallback",
     "DenseBasis",

@@ -7,12 +7,10 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .step_size import OPTIMIZERS, check_range, step_size
+
 logger = logging.getLogger(__name__)
 
-#: Our `optim` names and the learning rate of a user who sets none. 1.0 is the step size a rule was meta-trained at,
-#: and the paper's for SGD in the subspace (supplement, Table 1); 0.3 is what validation chose for AdamW in whitened
-#: units (recipes/results).
-OPTIMIZERS = {"sl2o": 1.0, "subspace_adamw": 0.3, "subspace_sgd": 1.0}
 _TRAINER_LEARNING_RATE = 5e-5
 
 
@@ -21,7 +19,8 @@ class SL2OTrainingArguments(TrainingArguments):
     """Arguments of [`SL2OTrainer`]; everything of `TrainingArguments` holds as well.
 
     Defaults that differ from `TrainingArguments`, and why: `optim` is `"sl2o"`; `learning_rate` is the optimizer's own
-    (1.0 for sl2o and subspace_sgd, 0.3 for subspace_adamw); `max_grad_norm` is 0.0, since the official code does not
+    (1.0 for sl2o and subspace_sgd, 0.3 for subspace_adamw; a rate below a twentieth of it, which is one for Adam, is
+    replaced by it with a warning); `max_grad_norm` is 0.0, since the official code does not
     clip (if set, it clips the projected gradient). `lr_scheduler_type` stays `"linear"`: the rules `default` and
     `default-lora` were meta-trained under it; for `paper-cnn` and `paper-transformer` pass `"constant"`.
 
@@ -74,25 +73,43 @@ class SL2OTrainingArguments(TrainingArguments):
     sl2o_dim: int = field(default=40, metadata={"help": "Directions fitted to those snapshots (paper: 40)."})
 
     def __post_init__(self) -> None:
-        if self.learning_rate is None:
-            name = str(getattr(self.optim, "value", self.optim))
-            self.learning_rate = OPTIMIZERS.get(name, _TRAINER_LEARNING_RATE)
-            if name in OPTIMIZERS:
-                logger.warning('learning_rate is not set: optim="%s" takes its own, %g', name, self.learning_rate)
+        name = str(getattr(self.optim, "value", self.optim))
+        ours = name in OPTIMIZERS
+        if ours and self.learning_rate is None:
+            logger.warning('learning_rate is not set: optim="%s" takes its own, %g', name, OPTIMIZERS[name])
+        check_range("sl2o_momentum", self.sl2o_momentum, 0, 1, expected="a number in [0, 1)")
+        if ours:
+            self.learning_rate = step_size(name, self.learning_rate, momentum=self.sl2o_momentum)
+            check_range("weight_decay", self.weight_decay, 0, expected="a finite number >= 0")
+            if self.max_grad_norm is not None:
+                check_range("max_grad_norm", self.max_grad_norm, 0, expected="a finite number >= 0 (0: no clipping)")
+        elif self.learning_rate is None:
+            self.learning_rate = _TRAINER_LEARNING_RATE
         super().__post_init__()
         if self.sl2o_units not in (None, "std", "orthonormal"):
             raise ValueError(f'sl2o_units is {self.sl2o_units!r}, expected "std" or "orthonormal"')
-        if self.sl2o_average is not None and not self.sl2o_average >= 0:
-            raise ValueError(
-                f"sl2o_average is {self.sl2o_average}, expected a number > 0, 0 for no average, or None for the rule's"
-            )
+        if self.sl2o_average is not None:
+            expected = "a finite number > 0, 0 for no average, or None for the rule's"
+            check_range("sl2o_average", self.sl2o_average, 0, expected=expected)
         if self.sl2o_outside not in ("freeze", "adamw"):
             raise ValueError(f'sl2o_outside is {self.sl2o_outside!r}, expected "freeze" or "adamw"')
+        check_range("sl2o_warmup_steps", self.sl2o_warmup_steps, 0, expected="a number of steps, or 0 for none")
         if self.sl2o_warmup_steps:
-            if self.sl2o_basis is not None:
-                raise ValueError("sl2o_warmup_steps fits a basis and sl2o_basis names one; set one of the two")
-            if not self.sl2o_dim < self.sl2o_snapshots <= self.sl2o_warmup_steps + 1:
-                raise ValueError(
-                    f"sl2o_dim {self.sl2o_dim} must be below sl2o_snapshots {self.sl2o_snapshots}, and that at most "
-                    f"sl2o_warmup_steps + 1 = {self.sl2o_warmup_steps + 1}"
-                )
+            self._check_warmup(name, ours)
+
+    def _check_warmup(self, name: str, ours: bool) -> None:
+        if not ours:
+            raise ValueError(
+                f'sl2o_warmup_steps is {self.sl2o_warmup_steps} with optim="{name}": the warm-up fits a basis, in '
+                f"which only {', '.join(OPTIMIZERS)} go on; choose one of them, or set sl2o_warmup_steps to 0"
+            )
+        if self.sl2o_basis is not None:
+            raise ValueError("sl2o_warmup_steps fits a basis and sl2o_basis names one; set one of the two")
+        check_range(
+            "sl2o_warmup_learning_rate", self.sl2o_warmup_learning_rate, 5e-324, expected="a finite number > 0"
+        )
+        if not 1 <= self.sl2o_dim < self.sl2o_snapshots <= self.sl2o_warmup_steps + 1:
+            raise ValueError(
+                f"sl2o_dim {self.sl2o_dim} must be at least 1 and below sl2o_snapshots {self.sl2o_snapshots}, and "
+                f"that at most sl2o_warmup_steps + 1 = {self.sl2o_warmup_steps + 1}"
+            )

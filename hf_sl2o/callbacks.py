@@ -11,7 +11,6 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
 from transformers.training_args import TrainingArguments
 
-from .batch_norm import BatchNormCallback, about_to_be_read
 from .optim import LearnedOptimizer, SubspaceOptimizer
 from .subspace import Trajectory
 
@@ -26,7 +25,8 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 class TrajectoryCallback(TrainerCallback):
     """Writes a snapshot of the trainable parameters while any Trainer trains; the first one before step 1.
 
-    A resumed run drops the snapshots after its checkpoint and records them again.
+    With a running average it records where training is, the last step. A resumed run drops the snapshots after its
+    checkpoint and records them again; so does one that `auto_find_batch_size` begins again after an out-of-memory.
 
     Args:
         folder (`str` or `Path`): Where the snapshots go.
@@ -59,6 +59,7 @@ class TrajectoryCallback(TrainerCallback):
         self.every_steps = every_steps
         self.every_epochs = every_epochs or (None if every_steps else 1)
         self.overwrite = overwrite
+        self._recording = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -68,7 +69,9 @@ class TrajectoryCallback(TrainerCallback):
         if state.global_step > 0:
             self.trajectory.forget_after(state.global_step)
             return
-        if len(self.trajectory) and not self.overwrite:
+        again = args.auto_find_batch_size and self._recording  # without an end: begun again with smaller batches
+        self._recording = True
+        if len(self.trajectory) and not (self.overwrite or again):
             raise ValueError(
                 f"{self.trajectory.folder} holds {len(self.trajectory)} snapshots of an earlier run and this one "
                 "starts anew; resume that run, choose another folder, or pass overwrite=True"
@@ -76,21 +79,35 @@ class TrajectoryCallback(TrainerCallback):
         self.trajectory.clear()
         self.trajectory.write(0, kwargs["model"].named_parameters())
 
-    def _write(self, state: TrainerState, model: torch.nn.Module) -> None:
-        if state.is_world_process_zero and state.global_step not in self.trajectory.steps:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._recording = False
+
+    def _write(self, state: TrainerState, model: torch.nn.Module, optimizer: Any = None) -> None:
+        if not state.is_world_process_zero or state.global_step in self.trajectory.steps:
+            return
+        optimizer = unwrap_optimizer(optimizer)
+        published = isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer) and optimizer.at_average
+        if published:
+            optimizer.use_last()
+        try:
             self.trajectory.write(state.global_step, model.named_parameters())
+        finally:
+            if published:
+                optimizer.use_average()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.every_steps and state.global_step % self.every_steps == 0:
-            self._write(state, kwargs["model"])
+            self._write(state, kwargs["model"], kwargs.get("optimizer"))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.every_epochs and round(state.epoch or 0) % self.every_epochs == 0:
-            self._write(state, kwargs["model"])
+            self._write(state, kwargs["model"], kwargs.get("optimizer"))
 
 
 class SubspaceLogCallback(TrainerCallback):
@@ -137,51 +154,3 @@ class SubspaceLogCallback(TrainerCallback):
         logs.update(values)
         if state.log_history:
             state.log_history[-1].update(values)
-
-
-class AverageCallback(TrainerCallback):
-    """Evaluates and saves at the running average of what the optimizer moves; every Trainer gets one where it is kept.
-
-    After a step the weights go there behind all other callbacks, which may still ask for a checkpoint or the end, or
-    record where training is ([`TrajectoryCallback`]); only [`BatchNormCallback`] comes later. Before a step they go
-    back to where training goes on, ahead of all others. A run ends at the average.
-
-    Example:
-
-    ```python
-    >>> from hf_sl2o import SL2OTrainingArguments
-    >>> args = SL2OTrainingArguments("out", sl2o_basis="user/basis", sl2o_average=9.0, use_cpu=True)  # that is all
-    ```
-    """
-
-    @classmethod
-    def attach(cls, trainer: Trainer) -> None:
-        """Adds it to a trainer that has none: one part before, and one behind the callbacks, then BatchNorm's."""
-        callbacks = trainer.callback_handler.callbacks
-        if not any(isinstance(one, cls) for one in callbacks):
-            last = [one for one in callbacks if isinstance(one, BatchNormCallback)]
-            others = [one for one in callbacks if not isinstance(one, BatchNormCallback)]
-            callbacks[:] = [cls(), *others, _ToTheAverage(), *last]
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        optimizer = unwrap_optimizer(kwargs.get("optimizer"))
-        if isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer):
-            optimizer.use_last()
-
-
-class _ToTheAverage(TrainerCallback):
-    """The part of [`AverageCallback`] after a step."""
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        optimizer = unwrap_optimizer(kwargs.get("optimizer"))
-        if about_to_be_read(state, control) and isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer):
-            optimizer.use_average()
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.on_step_end(args, state, control, **kwargs)

@@ -22,12 +22,13 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object, reduce
 from tqdm.auto import tqdm
 
-from .checkpoints import Checkpoints, under
+from .checkpoints import MANIFEST, Checkpoints, check_like, check_progress, optimizer_state, under
 from .episodes import Episode
 from .estimators import Estimator, FirstOrder
 from .files import save_json
 from .meta_arguments import MetaTrainingArguments
 from .optim import LearnedOptimizer
+from .ranks import as_json, basis_facts, check_same_on_all_ranks, optimizer_facts, rule_facts
 from .rule import Rule
 from .tasks import Task, train_on
 
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 _PROGRESS = ("epoch", "meta_step", "window", "best", "log_history")
 # Changing these does not change what a run has computed so far.
 _FREE = ("output_dir", "disable_tqdm", "max_seconds", "save_steps", "logging_steps", "report_to", "process_timeout")
+# What each process may have to itself: what it shows, and the time that it has left.
+_LOCAL = ("disable_tqdm", "report_to", "max_seconds")
 
 
 class MetaTrainer:
@@ -64,7 +67,8 @@ class MetaTrainer:
 
     Raises:
         `ValueError`: no task, two of one name, one without held-out batches, more processes than episodes; a
-            checkpoint of other settings in the folder (the first difference is named).
+            checkpoint of other settings in the folder, or a process with other settings (the first difference is
+            named).
         `RuntimeError`: a task raised (named), or another process is gone.
 
     Example: see README, "Learn an optimizer".
@@ -135,6 +139,7 @@ class MetaTrainer:
         `output_dir` then holds the rule as `save_pretrained` writes it.
         """
         args, start = self.args, time.perf_counter()
+        check_same_on_all_ranks(self._facts(), "meta-training", timeout=args.process_timeout)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._wait()
@@ -178,6 +183,16 @@ class MetaTrainer:
             self.rule.save_pretrained(self.folder)
         self._wait()
         return self.rule
+
+    def _facts(self) -> dict[str, Any]:
+        """What all processes must share, as JSON values; the rule's weights become the first one's."""
+        facts = {key: as_json(value) for key, value in asdict(self.args).items() if key not in _LOCAL}
+        facts |= {"rule": rule_facts(self.rule, weights=False), "estimator": repr(self.estimator)}
+        for kind, tasks in (("tasks", self.tasks), ("eval_tasks", self.eval_tasks)):
+            facts[kind] = [task.name for task in tasks]
+            facts |= {f"basis of {kind} {task.name!r}": basis_facts(task.basis) for task in tasks}
+            facts |= {f"eval_batches of {kind} {task.name!r}": len(task.eval_batches) for task in tasks}
+        return {**facts, "meta_optimizer": optimizer_facts(self.optimizer), "bf16": self.autocast is not None}
 
     def _seed(self, epoch: int, episode: int) -> int:
         return self.args.seed * 1_000_003 + epoch * 1_009 + episode
@@ -355,26 +370,31 @@ class MetaTrainer:
                 tensors |= {f"optimizer.{index}.{key}": torch.as_tensor(value) for key, value in state.items()}
             checkpoints.write(self.meta_step, "meta", tensors)
             progress = {name: getattr(self, name) for name in _PROGRESS}
+            save_json(self.folder / "log.json", self.log_history)  # before what a new start would go on from
             checkpoints.complete(self.meta_step, {**progress, "in_episode": bool(self.episodes)})
-            save_json(self.folder / "log.json", self.log_history)
         self._wait()
 
     def _resume(self) -> None:
+        """Goes to the newest checkpoint, if there is one; raises `ValueError` where it is not what was saved."""
         checkpoint = self._checkpoints().newest()
+        if self.accelerator.is_main_process:
+            self._checkpoints().remove_leftovers()
         if checkpoint is None:
             return
+        check_progress(checkpoint.progress, str(self.folder / MANIFEST))
+        tensors, path = checkpoint.tensors("meta"), str(checkpoint.path("meta"))
+        for head in ("rule.", "best."):
+            check_like(under(tensors, head), self.rule.state_dict(), path, finite=True)
+        groups = self.optimizer.state_dict()["param_groups"]
+        moved = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state = optimizer_state(under(tensors, "optimizer."), moved, path)
         for name in _PROGRESS:
             setattr(self, name, checkpoint.progress[name])
-        tensors = checkpoint.tensors("meta")
         self.rule.load_state_dict(under(tensors, "rule."))
         self.best_weights = {name: tensor.to(self.device) for name, tensor in under(tensors, "best.").items()}
-        state: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in under(tensors, "optimizer.").items():
-            number, _, key = name.partition(".")
-            state.setdefault(int(number), {})[key] = value
-        groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": state, "param_groups": groups})
         if checkpoint.progress["in_episode"]:
             for index in self._own_episodes():
                 self.episodes.append(self._episode(index))
+                self.episodes[-1].begin(self.rule)
                 self.episodes[-1].load(checkpoint.path(f"episode-{index}"))

@@ -1,198 +1,58 @@
-"""`TrainingArguments(optim="sl2o")`: our names inside transformers, and the one place where strings become objects."""
+"""`TrainingArguments(optim="sl2o")`: our names inside transformers, and what a Trainer does otherwise for them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
 import torch
 import transformers
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.optim import Optimizer
 from transformers import trainer, trainer_optimizer
-from transformers.training_args import OptimizerNames, TrainingArguments
+from transformers.training_args import OptimizerNames
 
-from .arguments import OPTIMIZERS, SL2OTrainingArguments
-from .callbacks import AverageCallback, unwrap_optimizer
-from .optim import Inner, LearnedOptimizer, SubspaceOptimizer
-from .rule import Rule
-from .subspace import Basis
+from .arguments import SL2OTrainingArguments
+from .batch_norm import BatchNormCallback, has_running_statistics
+from .build import (
+    SHIPPED_RULES,
+    SubspaceOptimizerFactory,
+    build_optimizer,
+    load_rule,
+    refuse_sharding,
+    refuse_useless,
+)
+from .callbacks import unwrap_optimizer
+from .optim import LearnedOptimizer, SubspaceOptimizer
+from .ranks import check_same_on_all_ranks, patience, training_facts
+from .startup.sitecustomize import add_member
+from .step_size import OPTIMIZERS, check_range, given_learning_rate
+
+__all__ = [
+    "SHIPPED_RULES",
+    "SubspaceOptimizerFactory",
+    "build_optimizer",
+    "load_rule",
+    "refuse_sharding",
+    "refuse_useless",
+    "register",
+]
 
 logger = logging.getLogger(__name__)
 
-SHIPPED_RULES = Path(__file__).parent / "pretrained"
-
 _OPTIM_ARGS = ("basis", "rule", "lr", "units", "momentum", "average", "outside")
-
-
-def load_rule(rule: str | Path | Rule | None, *, with_basis: bool) -> Rule:
-    """Returns the rule itself, from a folder or the Hub, or the one that ships with the package.
-
-    Args:
-        rule (`str`, `Path`, [`Rule`], *optional*): A path, a Hub id, a rule, or None for the shipped one.
-        with_basis (`bool`): Which shipped rule: `default` for coefficients of a basis, `default-lora` for raw tensors.
-    """
-    if isinstance(rule, Rule):
-        return rule
-    if rule is None:
-        name = "default" if with_basis else "default-lora"
-        logger.info("no rule given: using %r, which ships with hf_sl2o", name)
-        return Rule.from_pretrained(SHIPPED_RULES / name)
-    return Rule.from_pretrained(rule)
-
-
-def _outside(outside: str) -> Inner | None:
-    if outside == "freeze":
-        return None
-    if outside == "adamw":
-        return lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
-    raise ValueError(f'outside is {outside!r}, expected "freeze" or "adamw"')
-
-
-def build_optimizer(
-    named_parameters: Iterable[tuple[str, torch.Tensor]],
-    optim: str = "sl2o",
-    *,
-    basis: str | Path | Basis | None = None,
-    rule: str | Path | Rule | None = None,
-    lr: float | None = None,
-    units: str | None = None,
-    momentum: float = 0.0,
-    average: float | None = None,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    outside: str = "freeze",
-    max_grad_norm: float = 0.0,
-    total_steps: int | None = None,
-) -> Optimizer:
-    """Builds the optimizer of one of our names; strings are loaded here and nowhere else.
-
-    Args:
-        named_parameters: As `model.named_parameters()`.
-        optim (`str`, *optional*, defaults to `"sl2o"`): `"sl2o"`, `"subspace_adamw"`, or `"subspace_sgd"`.
-        basis (`str`, `Path` or [`Basis`], *optional*): Folder, Hub id or object. Without one, `"sl2o"` applies the
-            rule to every trainable scalar (LoRA factors); the other two need one.
-        rule (`str`, `Path` or [`Rule`], *optional*): Folder, Hub id or object; defaults to the shipped rule.
-        lr (`float`, *optional*): Defaults to 1.0 (sl2o, subspace_sgd) or 0.3 (subspace_adamw).
-        units (`str`, *optional*): `"std"` or `"orthonormal"`; defaults to the units the basis was saved with.
-        momentum (`float`, *optional*, defaults to 0.0): Of subspace_sgd; the paper's Momentum has 0.9.
-        average (`float`, *optional*): eta of a running average of what is moved, see [`SubspaceOptimizer`]; 0: none.
-            Defaults to the rule's own, and to none without a rule.
-        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): Of subspace_adamw.
-        eps (`float`, *optional*, defaults to 1e-8): Of subspace_adamw.
-        outside (`str`, *optional*, defaults to `"freeze"`): What happens to trainable parameters the basis does not
-            cover: `"freeze"`, or `"adamw"` (lr 1e-3) in a second param group.
-        max_grad_norm (`float`, *optional*, defaults to 0.0): Clip the projected gradient; 0: no clipping.
-        total_steps (`int`, *optional*): Steps of the run, for a rule that sees the share that is done.
-
-    Raises:
-        `ValueError`: an unknown name; a basis that is missing or does not fit the model; a negative average; an
-            argument that this `optim` has no use for.
-        `NotImplementedError`: the run is one of FSDP or DeepSpeed.
-        `FileNotFoundError`: a basis or rule that is not there; says what was looked for where.
-    """
-    if optim not in OPTIMIZERS:
-        raise ValueError(f"optim is {optim!r}, expected one of {sorted(OPTIMIZERS)}")
-    named_parameters = list(named_parameters)
-    lr = OPTIMIZERS[optim] if lr is None else lr
-    refuse_useless(
-        optim, with_basis=basis is not None, rule=rule, momentum=momentum, units=units, outside=outside,
-        max_grad_norm=max_grad_norm,
-    )  # fmt: skip
-    if basis is None:
-        if optim != "sl2o":
-            raise ValueError(
-                f'optim="{optim}" needs a basis and got none; pass sl2o_basis=..., or optim_args="basis=PATH_OR_ID" '
-                "(make one with TrajectoryCallback and fit_basis)"
-            )
-        learned = load_rule(rule, with_basis=False)
-        average = learned.config.average if average is None else average
-        trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
-        return LearnedOptimizer(trainable, learned, lr=lr, total_steps=total_steps, average=average)
-    basis = basis if isinstance(basis, Basis) else Basis.from_pretrained(basis)
-    if units is not None:
-        basis = basis.with_units(units)
-    inner: Inner
-    if optim == "sl2o":
-        learned = load_rule(rule, with_basis=True)
-        average = learned.config.average if average is None else average
-        inner = lambda c: LearnedOptimizer(c, learned, lr=lr, total_steps=total_steps)  # noqa: E731
-    elif optim == "subspace_adamw":
-        inner = lambda c: torch.optim.AdamW(c, lr=lr, betas=betas, eps=eps, weight_decay=0.0)  # noqa: E731
-    else:
-        inner = lambda c: torch.optim.SGD(c, lr=lr, momentum=momentum)  # noqa: E731
-    options: dict[str, Any] = {"max_grad_norm": max_grad_norm, "average": average or 0.0, "outside": _outside(outside)}
-    return SubspaceOptimizer(named_parameters, basis, inner, **options)
-
-
-def refuse_useless(
-    optim: str,
-    *,
-    with_basis: bool,
-    rule: Any = None,
-    momentum: float = 0.0,
-    units: str | None = None,
-    outside: str = "freeze",
-    max_grad_norm: float = 0.0,
-    **others: Any,
-) -> None:
-    """Raises `ValueError` for an argument of [`build_optimizer`] that `optim` has no use for."""
-    needs_basis = "it is a choice within a basis, and there is none"
-    for name, given, why in (
-        ("rule", rule is not None and optim != "sl2o", f"{optim} has no rule"),
-        ("momentum", momentum and optim != "subspace_sgd", "of ours only subspace_sgd takes it"),
-        ("units", units is not None and not with_basis, needs_basis),
-        ("outside", outside != "freeze" and not with_basis, needs_basis),
-        ("max_grad_norm", max_grad_norm and not with_basis, "clip the gradients themselves, as a Trainer does"),
-    ):
-        if given:
-            raise ValueError(f'{name} was given with optim="{optim}", which has no use for it: {why}; leave it out')
-
-
-class SubspaceOptimizerFactory:
-    """For `Trainer(optimizer_cls_and_kwargs=(SubspaceOptimizerFactory, {...}))`, with no registration at all.
-
-    The keyword arguments are those of [`build_optimizer`]; the first argument is the model.
-    """
-
-    def __call__(self, model: nn.Module, **kwargs: Any) -> Optimizer:
-        refuse_sharding()
-        return build_optimizer(model.named_parameters(), **kwargs)
-
-
-def refuse_sharding(*, fsdp: Any = None, deepspeed: Any = None) -> None:
-    """Raises where parameters are sharded: by the given flags, or by what `accelerate launch` was told."""
-    kind = AcceleratorState._shared_state.get("distributed_type")  # making one here would initialise it
-    if deepspeed or kind == DistributedType.DEEPSPEED:
-        raise NotImplementedError(
-            "DeepSpeed flattens or replaces the optimizer's parameters, which a basis cannot follow; train with DDP"
-        )
-    if fsdp or kind == DistributedType.FSDP:
-        raise NotImplementedError("FSDP shards the parameters, which a basis does not support yet; train with DDP")
-
-
-def refuse_unsupported(args: TrainingArguments) -> None:
-    """Raises where the way of training cannot hold what our optimizers promise."""
-    refuse_sharding(fsdp=args.fsdp, deepspeed=args.deepspeed)
-    if args.weight_decay:
-        raise ValueError(
-            f"weight_decay is {args.weight_decay}; in the subspace it would pull towards the starting weights instead "
-            "of zero; set it to 0, or build SubspaceOptimizer yourself with an inner optimizer that decays"
-        )
 
 
 def _handler(context: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str, Any]]:
     """Turns a user's arguments into those of [`build_optimizer`]; `optim_args` win over the `sl2o_` fields."""
     args, given = context.args, {key: unquote(value) for key, value in context.optim_args.items()}
-    refuse_unsupported(args)
+    refuse_sharding(fsdp=args.fsdp, deepspeed=args.deepspeed)
     if unknown := sorted(set(given) - set(_OPTIM_ARGS)):
         raise ValueError(f"optim_args has an unknown key {unknown[0]!r}; expected any of {', '.join(_OPTIM_ARGS)}")
-    options: dict[str, Any] = {"optim": OptimizerNames(args.optim).value}
+    if empty := [key for key, value in given.items() if not value]:
+        raise ValueError(f"optim_args has nothing after {empty[0]}=; give a value, or leave the key out")
+    options: dict[str, Any] = {"optim": OptimizerNames(args.optim).value, "weight_decay": args.weight_decay}
     if isinstance(args, SL2OTrainingArguments):
         options.update(
             basis=args.sl2o_basis,
@@ -210,44 +70,29 @@ def _handler(context: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str
             except ValueError:
                 raise ValueError(f"optim_args has {key}={given[key]!r}, expected a number") from None
     if "lr" not in options:
-        if not isinstance(args, SL2OTrainingArguments) and args.learning_rate == TrainingArguments.learning_rate:
+        own_class = isinstance(args, SL2OTrainingArguments)  # whose default is the optimizer's own
+        options["lr"] = args.learning_rate if own_class else given_learning_rate(args)
+        if options["lr"] is None:
             logger.warning(
-                'learning_rate is not set (or Trainer\'s own %g): optim="%s" takes its own step size, %g; '
-                'for another pass learning_rate, or optim_args="lr=%g" for that very value',
+                'learning_rate is not set (or the default of %s, %g): optim="%s" takes its own step size, %g',
+                type(args).__name__,
                 args.learning_rate,
                 options["optim"],
                 OPTIMIZERS[options["optim"]],
-                args.learning_rate,
             )
-        else:
-            options["lr"] = args.learning_rate
     if args.max_steps > 0:
         options["total_steps"] = args.max_steps
     if options["optim"] == "subspace_adamw":
         options["betas"], options["eps"] = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
-    if options.get("basis") is not None:
-        options["max_grad_norm"] = args.max_grad_norm
+    if args.max_grad_norm is not None:
+        check_range("max_grad_norm", args.max_grad_norm, 0, expected="a finite number >= 0 (0: no clipping)")
+        if options.get("basis") is not None:
+            options["max_grad_norm"] = args.max_grad_norm
     return SubspaceOptimizerFactory, options
 
 
 def _optimizer_name(value: str) -> OptimizerNames:
     return OptimizerNames(value)
-
-
-def _add_member(value: str) -> OptimizerNames:
-    """Adds a member to `OptimizerNames`, or returns the one that is there."""
-    if value in OptimizerNames._value2member_map_:
-        return OptimizerNames(value)
-    name = value.upper()
-    member = str.__new__(OptimizerNames, value)
-    member._name_, member._value_ = name, value
-    member.__objclass__ = OptimizerNames  # type: ignore[attr-defined]
-    member._sort_order_ = len(OptimizerNames._member_names_)  # type: ignore[attr-defined]
-    OptimizerNames._member_names_.append(name)
-    OptimizerNames._member_map_[name] = member
-    OptimizerNames._value2member_map_[value] = member
-    type.__setattr__(OptimizerNames, name, member)
-    return member
 
 
 def _reduce(member: OptimizerNames, protocol: Any) -> tuple[Any, ...]:
@@ -260,24 +105,67 @@ def _reduce(member: OptimizerNames, protocol: Any) -> tuple[Any, ...]:
 def _parse_optim_args(optim_args_str: str | None) -> dict[str, str]:
     try:
         return _theirs["_parse_optim_args"](optim_args_str)  # type: ignore[no-any-return]
-    except ValueError:
+    except (AttributeError, ValueError):
         raise ValueError(
             f"optim_args is {optim_args_str!r}, expected key=value pairs joined by commas, such as "
             '"basis=user/name,rule=path"; write a comma, an equals sign or a space inside a value as %2C, %3D or %20'
         ) from None
 
 
-def _create_scheduler(self: trainer.Trainer, num_training_steps: int, *args: Any, **kwargs: Any) -> Any:
+def _prepare_for_training(self: trainer.Trainer, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+    if self.args.optim in OPTIMIZERS:
+        check_same_on_all_ranks(training_facts(self.args), "training", patience(self.args))
+    prepared = _theirs["_prepare_for_training"](self, max_steps, *args, **kwargs)
     optimizer = unwrap_optimizer(self.optimizer)
     if isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer):
         # Here a Trainer knows how long its run is, also where the user gave epochs; a second one comes on top.
         done = next((int(entry["step"]) for entry in optimizer.state.values() if "step" in entry), 0)
         for group in optimizer.param_groups:
-            if "rule_fingerprint" in group and (done or group["total_steps"] is None):
-                group["total_steps"] = done + num_training_steps
-        if optimizer.average:
-            AverageCallback.attach(self)
-    return _theirs["create_scheduler"](self, num_training_steps, *args, **kwargs)
+            if "rule_fingerprint" in group:
+                group["total_steps"] = done + max(max_steps - self.state.global_step, 0)
+        model: Any = self.model
+        optimizer.attach(model)
+        _say_what_changes_the_result(self, model, optimizer)
+    return prepared
+
+
+# Image models of transformers that accept the number of items of a batch, and do not divide by it.
+_DROPS_THE_COUNT = {"resnet", "regnet", "mobilenet_v2", "beit", "poolformer", "data2vec-vision"}
+
+
+def _say_what_changes_the_result(self: trainer.Trainer, model: nn.Module, optimizer: Optimizer) -> None:
+    """Warns of what a run goes on with, to another result than its user would expect."""
+    callbacks = self.callback_handler.callbacks
+    if has_running_statistics(model) and not any(isinstance(one, BatchNormCallback) for one in callbacks):
+        logger.warning(
+            "the model has running statistics (BatchNorm), which no optimizer moves and which lag behind its steps; "
+            "add callbacks=[BatchNormCallback(batches)], or evaluations and checkpoints are of stale ones"
+        )
+    accumulated = self.args.gradient_accumulation_steps
+    of_scale = isinstance(optimizer, SubspaceOptimizer) and isinstance(optimizer.inner, torch.optim.SGD)
+    if (
+        accumulated > 1
+        and getattr(getattr(model, "config", None), "model_type", None) in _DROPS_THE_COUNT
+        and self.model_accepts_loss_kwargs
+        and (of_scale or (self.args.max_grad_norm or 0) > 0)
+    ):
+        logger.warning(
+            "%s drops the number of items of a batch, so that with gradient_accumulation_steps=%d its gradient is %d "
+            "times as large, which %s feels; divide the learning rate (and multiply max_grad_norm) by it, or pass "
+            "compute_loss_func",
+            type(model).__name__,
+            accumulated,
+            accumulated,
+            "SGD" if of_scale else "clipping",
+        )
+
+
+def _run_epoch(self: trainer.Trainer, *args: Any, **kwargs: Any) -> Any:
+    ours = isinstance(unwrap_optimizer(self.optimizer), SubspaceOptimizer | LearnedOptimizer)
+    if ours and self.state.global_step >= self.state.max_steps:  # a finished run that was resumed
+        self.control.should_training_stop = True
+        return None
+    return _theirs["_run_epoch"](self, *args, **kwargs)
 
 
 def _clip_grad_norm(self: trainer.Trainer, model: nn.Module) -> Any:
@@ -290,7 +178,8 @@ def _clip_grad_norm(self: trainer.Trainer, model: nn.Module) -> Any:
 #: Where in transformers what is ours goes, and by which name it is kept as it was.
 _HOOKS = (
     (trainer, "_parse_optim_args", _parse_optim_args),
-    (trainer.Trainer, "create_scheduler", _create_scheduler),
+    (trainer.Trainer, "_prepare_for_training", _prepare_for_training),
+    (trainer.Trainer, "_run_epoch", _run_epoch),
     (trainer.Trainer, "_clip_grad_norm", _clip_grad_norm),
 )
 _theirs: dict[str, Any] = {}
@@ -299,9 +188,10 @@ _theirs: dict[str, Any] = {}
 def register() -> None:
     """Adds our names to transformers; importing hf_sl2o does it, and doing it again changes nothing.
 
-    Also makes Trainer's parser of `optim_args` say what it could not read; `create_scheduler` tell a rule that sees
-    the share of the run that is done how many steps the run has, and add an [`AverageCallback`] where the optimizer
-    keeps an average; and `_clip_grad_norm` leave clipping to an optimizer that clips the projected gradient.
+    Also makes Trainer's parser of `optim_args` say what it could not read; `_prepare_for_training` tell a rule that
+    sees the share of the run that is done how many steps the run has, and an optimizer that keeps an average the
+    model; `_run_epoch` leave a finished run that is resumed as it is; and `_clip_grad_norm` leave clipping to one
+    that clips the projected gradient. All but the parser leave runs without our optimizers as they are.
 
     Raises:
         `ImportError`: transformers has moved what this hooks into.
@@ -315,7 +205,7 @@ def register() -> None:
                 "Trainer(optimizer_cls_and_kwargs=(SubspaceOptimizerFactory, {...}))"
             )
     for value in OPTIMIZERS:
-        trainer_optimizer._OPTIMIZER_HANDLERS[_add_member(value)] = _handler
+        trainer_optimizer._OPTIMIZER_HANDLERS[add_member(OptimizerNames, value)] = _handler
     OptimizerNames.__reduce_ex__ = _reduce  # type: ignore[assignment, method-assign]
     for owner, name, ours in _HOOKS:
         _theirs.setdefault(name, getattr(owner, name))

@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy, SaveStrategy, TrainOutput, set_seed
+from transformers.trainer import OPTIMIZER_NAME
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput, set_seed
 from transformers.training_args import OptimizerNames
 
-from .arguments import OPTIMIZERS, SL2OTrainingArguments
+from .arguments import SL2OTrainingArguments
+from .build import load_rule, refuse_useless
 from .callbacks import SubspaceLogCallback, TrajectoryCallback, unwrap_optimizer
-from .files import load_json, load_tensors, save_tensors
-from .optim import SubspaceOptimizer
-from .registry import load_rule, refuse_useless
+from .files import load_tensors, open_tensors, save_tensors
+from .optim import LearnedOptimizer, SubspaceOptimizer
+from .ranks import basis_facts, check_same_on_all_ranks, patience, rule_facts, training_facts
+from .resume import last_complete_checkpoint, steps_done
 from .rule import Rule
+from .step_size import OPTIMIZERS
 from .subspace import Basis, Trajectory, fit_basis
 
 logger = logging.getLogger(__name__)
 
 COEFFICIENTS = "coefficients.safetensors"
-
-
-def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """Returns the newest `checkpoint-*` that was written to the end (its trainer_state.json is readable), or None."""
-    numbered = []
-    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        number = path.name.rpartition("-")[2]
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if number.isdecimal():
-            numbered.append((int(number), str(path)))
-    return max(numbered)[1] if numbered else None
-
-
-def steps_done(checkpoint: str | Path) -> int:
-    """Returns the global step of a checkpoint."""
-    return int(load_json(Path(checkpoint) / "trainer_state.json")["global_step"])
 
 
 class SL2OTrainer(Trainer):
@@ -134,8 +118,7 @@ class SL2OTrainer(Trainer):
         optimizer = self.subspace_optimizer
         if optimizer is None:
             return super()._get_grad_norm(model, grad_norm=grad_norm)
-        self.accelerator.unscale_gradients(self.optimizer)
-        return optimizer.clip_projected(optimizer.max_grad_norm)
+        return optimizer.grad_norm  # the step that follows writes into it, before it is logged
 
     # Files
 
@@ -149,9 +132,48 @@ class SL2OTrainer(Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         optimizer, best = self.subspace_optimizer, self.state.best_model_checkpoint
-        if optimizer is not None and best is not None and (Path(best) / COEFFICIENTS).is_file():
-            coefficients = load_tensors(Path(best) / COEFFICIENTS)["coefficients"]
-            optimizer.load_coefficients(coefficients, move_weights=False)
+        if optimizer is not None and best is not None and not self._load_coefficients(optimizer, Path(best)):
+            optimizer.measure()  # from the weights that were loaded
+
+    def _load_coefficients(self, optimizer: SubspaceOptimizer, checkpoint: Path) -> bool:
+        """Takes the coefficients that were saved with the weights which the model has now; False: there are none."""
+        path = checkpoint / COEFFICIENTS
+        if not path.is_file():
+            return False
+        with open_tensors(path) as file:
+            basis = (file.metadata() or {}).get("basis")
+        if basis != optimizer.basis.fingerprint:
+            raise ValueError(
+                f"{path} holds coefficients of another basis ({basis}, this one is {optimizer.basis.fingerprint}); "
+                "resume with the basis of that run, or start a new run from the checkpoint's weights"
+            )
+        coefficients = load_tensors(path).get("coefficients")
+        if coefficients is None or tuple(coefficients.shape) != (optimizer.basis.dim,):
+            raise ValueError(
+                f"{path} holds no 'coefficients' of shape ({optimizer.basis.dim},); restore it, or delete it"
+            )
+        optimizer.load_coefficients(coefficients, move_weights=False)
+        return True
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except (ValueError, KeyError) as error:
+            if isinstance(unwrap_optimizer(self.optimizer), SubspaceOptimizer | LearnedOptimizer):
+                raise
+            raise ValueError(
+                f"the optimizer state in {checkpoint} is not one of optim={str(self.args.optim)!r} ({error}); resume "
+                "with the optim of that run, or start a new run from the checkpoint's weights (from_pretrained)"
+            ) from error
+        optimizer = self.subspace_optimizer
+        if checkpoint is None or (Path(checkpoint) / OPTIMIZER_NAME).exists() or optimizer is None:
+            return
+        known = self._load_coefficients(optimizer, Path(checkpoint))
+        logger.warning(
+            "%s has no optimizer state (save_only_model): the rule or optimizer begins anew, %s",
+            checkpoint,
+            "at the coefficients that were saved" if known else "and coefficients count from the checkpoint's weights",
+        )
 
     # Training
 
@@ -163,6 +185,10 @@ class SL2OTrainer(Trainer):
         Raises:
             `ValueError`: there is none (unless a warm-up has to be done or continued first).
         """
+        facts = {**training_facts(self.args), "resumed": bool(resume_from_checkpoint)}
+        facts |= {} if self.basis is None else {"basis": basis_facts(self.basis)}
+        facts |= {} if self.rule is None else {"rule": rule_facts(self.rule)}
+        check_same_on_all_ranks(facts, "training", patience(self.args))
         warming = int(getattr(self.args, "sl2o_warmup_steps", 0))
         resume = resume_from_checkpoint
         if resume is True:

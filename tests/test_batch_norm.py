@@ -1,6 +1,10 @@
 """BatchNorm in a subspace: recalibrated statistics, what it costs not to, the callback in a Trainer, bad input."""
 
 import copy
+import gc
+import pickle
+import signal
+import time
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from transformers import TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_sl2o import (
     BatchNormCallback,
@@ -17,6 +22,7 @@ from hf_sl2o import (
     SL2OTrainingArguments,
     recalibrate_batch_norm,
 )
+from hf_sl2o.batch_norm import has_running_statistics
 
 
 class Net(nn.Module):
@@ -160,3 +166,203 @@ def test_batch_statistics_in_evaluation_are_refused(tmp_path):
             judge()
     with pytest.raises(ValueError, match="no batches"):
         BatchNormCallback([])
+
+
+# Whoever reads them, they are right
+
+BATCHES = [{"x": Rows(0).x[:32]}, {"x": Rows(0).x[32:]}]
+
+
+def right(model):
+    """Whether the statistics are those at the weights as they are; the model is not touched."""
+    again = net()
+    again.load_state_dict({name: value.clone() for name, value in plain_state(model).items()})
+    recalibrate_batch_norm(again, BATCHES)
+    held = {name: buffer for name, buffer in model.named_buffers() if "running" in name}
+    return all(torch.equal(held[name], value) for name, value in statistics(again).items())
+
+
+def plain_state(model):
+    """What `state_dict` gives, without its hooks."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def file_is_right(path):
+    model = net()
+    model.load_state_dict(load_file(path))
+    return right(model)
+
+
+class Asks(TrainerCallback):
+    """Calls a function in one event of one step, and looks at what every evaluation had."""
+
+    def __init__(self, event, action, step=2):
+        self.seen, self.step, self.asking = [], step, False
+        setattr(self, event, lambda args, state, control, **k: self.ask(action, state, control))
+
+    def ask(self, action, state, control):
+        if state.global_step == self.step and not self.asking:  # an evaluation logs, too
+            self.asking = True
+            action(self.trainer, control)
+            self.asking = False
+        return control
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.seen.append(right(kwargs["model"]))
+
+
+def trainer_of(folder, *callbacks, model=None, **options):
+    settings = {
+        "optim": "subspace_sgd", "learning_rate": 20.0, "max_steps": 4, "logging_steps": 2, "save_strategy": "no",
+        "report_to": "none", "use_cpu": True, "per_device_train_batch_size": 32, "disable_tqdm": True, **options,
+    }  # fmt: skip
+    model = net() if model is None else model
+    basis = RandomBasis(Layout.from_named_parameters(model.named_parameters()), dim=30).to_dense()
+    trainer = SL2OTrainer(
+        model, SL2OTrainingArguments(str(folder), **settings), basis=basis, train_dataset=Rows(0),
+        eval_dataset=Rows(1), callbacks=list(callbacks),
+    )  # fmt: skip
+    for one in callbacks:
+        one.trainer = trainer
+    return trainer
+
+
+def evaluate(trainer, control):
+    trainer.evaluate()
+
+
+def ask_for(name):
+    return lambda trainer, control: setattr(control, name, True)
+
+
+@pytest.mark.parametrize(
+    ("event", "action"),
+    [
+        *((event, evaluate) for event in ("on_log", "on_step_end", "on_epoch_end", "on_step_begin")),
+        *((event, ask_for("should_evaluate")) for event in ("on_log", "on_step_end", "on_epoch_end")),
+    ],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_evaluations_that_a_callback_asks_for_or_does(tmp_path, event, action, before):
+    for good in (True, False):
+        asks = Asks(event, action)
+        keeps = [BatchNormCallback(BATCHES)] * good
+        trainer = trainer_of(tmp_path, *([asks, *keeps] if before else [*keeps, asks]))
+        trainer.train()
+        assert asks.seen == [good]
+        evaluate(trainer, None)
+        assert asks.seen == [good, good]  # after the end
+
+
+@pytest.mark.parametrize("event", ["on_log", "on_step_end"])
+def test_what_a_callback_saves_or_asks_to_save(tmp_path, event):
+    def save(trainer, control):
+        trainer.save_model(str(tmp_path / "saved"))
+
+    trainer_of(tmp_path, Asks(event, save), BatchNormCallback(BATCHES)).train()
+    assert file_is_right(tmp_path / "saved" / "model.safetensors")
+    trainer_of(tmp_path, Asks(event, ask_for("should_save")), BatchNormCallback(BATCHES)).train()
+    assert file_is_right(tmp_path / "checkpoint-2" / "model.safetensors")
+    trainer_of(tmp_path / "without", Asks(event, ask_for("should_save"))).train()  # the break
+    assert not file_is_right(tmp_path / "without" / "checkpoint-2" / "model.safetensors")
+
+
+@pytest.mark.parametrize("good", [True, False])
+def test_the_checkpoint_of_a_signal(tmp_path, good):
+    def kill(trainer, control):
+        (of_signals,) = (one for one in trainer.callback_handler.callbacks if isinstance(one, JITCheckpointCallback))
+        of_signals.jit_manager.kill_wait = 0.0
+        signal.raise_signal(signal.SIGTERM)
+        while not of_signals.jit_manager.is_checkpoint_requested:
+            time.sleep(0.01)
+
+    kept = signal.getsignal(signal.SIGTERM)
+    try:
+        callbacks = [Asks("on_step_begin", kill, step=1), *[BatchNormCallback(BATCHES)] * good]
+        trainer_of(tmp_path, *callbacks, enable_jit_checkpoint=True, max_steps=9).train()
+    finally:
+        signal.signal(signal.SIGTERM, kept)
+    (path,) = tmp_path.glob("checkpoint-*/model.safetensors")
+    assert file_is_right(path) == good
+
+
+def test_a_callback_added_between_two_runs(tmp_path):
+    asks = Asks("on_log", evaluate)
+    trainer = trainer_of(tmp_path, asks, sl2o_average=4.0)
+    trainer.train()
+    trainer.add_callback(BatchNormCallback(BATCHES))
+    trainer.train()
+    evaluate(trainer, None)
+    assert asks.seen == [False, True, True]
+
+
+def test_the_model_is_copied_and_pickled_in_training_and_left_alone_after_it(tmp_path):
+    copies = []
+
+    def take(trainer, control):
+        torch.save(trainer.model, tmp_path / "model.pt")
+        copies.extend([copy.deepcopy(trainer.model), pickle.loads(pickle.dumps(trainer.model))])
+        copies.append(torch.load(tmp_path / "model.pt", weights_only=False))
+
+    trainer = trainer_of(tmp_path, Asks("on_step_end", take), BatchNormCallback(BATCHES))
+    trainer.train()
+    for model in [*copies, trainer.model]:
+        before = statistics(model)
+        model.train()
+        model(Rows(0).x * 3)
+        assert not all(torch.equal(before[name], value) for name, value in statistics(model).items())
+        moved = statistics(model)
+        model.eval()
+        model(Rows(0).x)
+        state = model.state_dict()
+        assert all(torch.equal(state[name], value) for name, value in moved.items())  # nobody sets them any more
+    assert not trainer.model._forward_pre_hooks and not trainer.model._state_dict_pre_hooks
+
+
+def test_a_run_that_is_broken_off_leaves_a_model_that_can_be_trained_again(tmp_path):
+    def stop(trainer, control):
+        raise KeyboardInterrupt
+
+    asks = Asks("on_step_end", stop)
+    trainer = trainer_of(tmp_path, asks, BatchNormCallback(BATCHES))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    evaluate(trainer, None)
+    asks.step = -1
+    trainer.train()
+    evaluate(trainer, None)
+    assert asks.seen == [True, True] and not trainer.model._forward_pre_hooks
+    model = trainer_of(tmp_path, Asks("on_step_end", stop), BatchNormCallback(BATCHES))
+    with pytest.raises(KeyboardInterrupt):
+        model.train()
+    model = model.model
+    gc.collect()  # the callback is gone, and its hooks do nothing
+    before = statistics(model.eval())
+    model(Rows(0).x)
+    assert all(torch.equal(before[name], value) for name, value in statistics(model).items())
+
+
+def test_a_compiled_model_trains_and_is_right_where_it_is_asked_for(tmp_path):
+    asks = Asks("on_step_end", ask_for("should_evaluate"))
+    trainer = trainer_of(tmp_path, asks, BatchNormCallback(BATCHES), torch_compile=True, torch_compile_backend="eager")
+    trainer.train()
+    assert asks.seen == [True]
+
+
+def test_which_models_have_running_statistics():
+    for layer in (nn.BatchNorm2d(3), nn.LazyBatchNorm1d(), nn.SyncBatchNorm(3)):
+        assert has_running_statistics(nn.Sequential(nn.Linear(2, 2), layer))
+    assert has_running_statistics(nn.InstanceNorm1d(3, track_running_stats=True))
+    for layer in (nn.InstanceNorm1d(3), nn.BatchNorm1d(3, track_running_stats=False), nn.GroupNorm(1, 3)):
+        assert not has_running_statistics(nn.Sequential(nn.Linear(2, 2), layer))
+
+
+def test_instance_and_lazy_norms_are_recalibrated():
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8) * 2 + 1
+    for norm in (nn.InstanceNorm1d(3, track_running_stats=True), nn.LazyBatchNorm1d()):
+        model = nn.Sequential(nn.Conv1d(3, 3, 1), norm)
+        assert recalibrate_batch_norm(model, [x[:2], x[2:]]) == 1
+        y = model[0](x).detach()
+        torch.testing.assert_close(model[1].running_mean, y.mean(dim=(0, 2)))
+        assert float(model[1].running_var.std()) > 0

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 
 from hf_sl2o.files import load_json
 
+from .meta_ranks_worker import CASES
 from .meta_worker import SCENARIOS, train
+from .ranks_worker import launch as launch_two
 from .test_meta_resume import comparable
 
 ROOT = Path(__file__).parent.parent
@@ -109,3 +111,26 @@ def test_a_process_that_dies_stops_the_other_and_both_go_on(two, tmp_path):
     alone, _ = train(tmp_path / "alone", "tasks")  # one process takes over
     assert len(alone["course"]) == len(rest["course"])
     torch.testing.assert_close(alone["course"], rest["course"], rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def differing(tmp_path_factory):
+    """What each of two processes said where one thing differs between them."""
+    folder = tmp_path_factory.mktemp("differing")
+    codes, errors = launch_two("tests.meta_ranks_worker", folder)
+    assert codes == [0, 0], errors[0][-3000:] + errors[1][-3000:]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("name", [name for name, (_, named) in CASES.items() if named])
+def test_processes_that_were_started_differently_say_so(differing, name):
+    for said in differing:
+        kind, text, seconds = said[name]
+        assert kind == "ValueError" and text.startswith(CASES[name][1]) and seconds < 10, (name, kind, text)
+        assert "on rank 0" in text and "on rank 1" in text
+
+
+@pytest.mark.parametrize("name", [name for name, (_, named) in CASES.items() if not named])
+def test_weights_and_what_is_local_may_differ(differing, name):
+    first, second = (said[name] for said in differing)
+    assert first[:1] == second[:1] == [""] and first[1] == second[1]  # the same rule in the end

@@ -133,20 +133,20 @@ def test_own_learning_rate_is_used_and_said_once(model, saved, tmp_path, caplog)
     ]
     assert args.learning_rate == 0.3 and SL2OTrainingArguments("out", use_cpu=True).learning_rate == 1.0
     assert SL2OTrainingArguments("out", optim="adamw_torch", use_cpu=True).learning_rate == 5e-5
-    assert SL2OTrainingArguments("out", learning_rate=5e-5, use_cpu=True).learning_rate == 5e-5
+    assert SL2OTrainingArguments("out", learning_rate=5e-5, use_cpu=True).learning_rate == 1.0  # one for Adam
+    assert SL2OTrainingArguments("out", optim="adamw_torch", learning_rate=2e-5, use_cpu=True).learning_rate == 2e-5
 
 
 def test_refusals(model, saved, tmp_path, monkeypatch):
     basis, rule = saved
     trainer(model, tmp_path)  # Accelerate has its state
-    with pytest.raises(ValueError, match="weight_decay is 0.1"):
-        trainer(model, tmp_path, optim="sl2o", weight_decay=0.1).create_optimizer()
-    args = TrainingArguments("out", optim="sl2o", use_cpu=True)
+    with pytest.raises(ValueError, match="weight_decay is 0.1, and with a basis only the coefficients move"):
+        trainer(model, tmp_path, optim="sl2o", weight_decay=0.1, optim_args=f"basis={basis}").create_optimizer()
     for name, value, message in (("deepspeed", {"a": 1}, "DeepSpeed"), ("fsdp", True, "FSDP")):
-        broken = copy.copy(args)
-        setattr(broken, name, value)
+        broken = trainer(model, tmp_path, optim="sl2o")
+        setattr(broken.args, name, value)
         with pytest.raises(NotImplementedError, match=message):
-            hf_sl2o.registry.refuse_unsupported(broken)
+            broken.create_optimizer()
     for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):  # what `accelerate launch` was told
         monkeypatch.setitem(AcceleratorState._shared_state, "distributed_type", kind)
         with pytest.raises(NotImplementedError, match="train with DDP"):

@@ -87,7 +87,10 @@ def test_resume_equals_the_uninterrupted_run_to_the_bit(tmp_path, optim):
     # the break: the same checkpoint without the optimizer's state
     (tmp_path / "part" / "checkpoint-3" / "optimizer.pt").unlink()
     (tmp_path / "part" / "checkpoint-3" / "scheduler.pt").unlink()
-    assert not equal(weights(whole), weights(run(tmp_path / "part", resume=True, **options)))
+    half = str(tmp_path / "part" / "checkpoint-3")
+    assert not equal(weights(whole), weights(run(tmp_path / "other", resume=half, **options)))
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):  # nor is it taken for a whole one
+        run(tmp_path / "part", resume=True, **options)
 
 
 def test_checkpoint_files(tmp_path):
@@ -168,7 +171,10 @@ def test_bf16_autocast_and_bf16_weights(tmp_path):
     pure = run(tmp_path / "c", model=tiny_gpt2(dtype=torch.bfloat16))
     optimizer, start = pure.subspace_optimizer, tiny_gpt2(dtype=torch.bfloat16)
     for a, d, p in zip(start.parameters(), optimizer.basis.lift(optimizer.coefficients), weights(pure), strict=True):
-        assert torch.equal((a.float() + d).bfloat16(), p)
+        exact = a.float() + d
+        # What is rounded off is kept in bf16: but for ties, the weights are theta_0 + lift(c) rounded once.
+        assert (exact.bfloat16() == p).float().mean() > 0.99
+        torch.testing.assert_close(exact, p.float(), rtol=2**-8, atol=1e-6)
 
 
 class Rates(TrainerCallback):
@@ -252,11 +258,14 @@ def test_the_shipped_rules_are_used_when_none_is_given(tmp_path):
 
 
 def test_last_complete_checkpoint(tmp_path):
-    for step, state in ((2, '{"global_step": 2}'), (4, '{"global'), (10, None)):
+    run(tmp_path, save_strategy="steps", save_steps=3)
+    for step, state in ((8, '{"global'), (10, None)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         if state:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / "model.safetensors").unlink()
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-3")
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
         run(tmp_path / "empty", resume=True)
 
