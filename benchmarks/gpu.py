@@ -25,6 +25,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes"), str(ROOT / "benchmarks")]
 
 import gpt2_e2e
 import step_cost
+from checks import parse_options, run_script
+from e2e_data import load_rows
 
 from hf_sl2o.comparison import environment
 from hf_sl2o.files import save_json
@@ -61,9 +63,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--output_dir", type=Path, help="keep the runs here; default: a folder that is deleted")
     parser.add_argument("--smoke", action="store_true", help="the same code at toy size, on a CPU too")
-    options = parser.parse_args(argv)
+    options = parse_options(parser, argv)
     if not torch.cuda.is_available() and not options.smoke:
         sys.exit("there is no GPU here (torch.cuda.is_available() is False); --smoke runs the same code at toy size")
+    for split in ("train", "validation"):
+        load_rows(str(options.data), split)
+    if not options.smoke and not (options.data / "gpt2_tokenizer").is_dir():
+        raise FileNotFoundError(f"--data is {options.data}, which has no gpt2_tokenizer; put the one of GPT-2 there")
     start = time.perf_counter()
     print("[step cost]", flush=True)
     size = "tiny" if options.smoke else "gpt2"
@@ -88,4 +94,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -26,6 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 
+from checks import parse_options, run_script  # noqa: E402
+
 RESNET = (
     "--quick_grid --validation_rows 2000 --eval_steps 10 --logging_steps 10 --max_steps 300 --meta_epochs 12 "
     "--inner_steps 150 --save_strategy no --logging_nan_inf_filter false"
@@ -97,14 +99,10 @@ def arms_of(job: str, options: argparse.Namespace) -> tuple[str, ...]:
 
 def parse(job: str, options: argparse.Namespace) -> tuple[Any, tuple[str, ...], Any]:
     """The recipe's and the Trainer's arguments of a job, and its arms."""
-    from transformers import HfArgumentParser
-
-    from hf_sl2o import SL2OTrainingArguments
+    from command_line import parse_recipe
 
     module: Any = importlib.import_module(JOBS[job].recipe)
-    parser = HfArgumentParser((module.RecipeArguments, SL2OTrainingArguments))
-    parser.set_defaults(**module.DEFAULTS)
-    recipe, args = parser.parse_args_into_dataclasses(command_line(job, options))
+    recipe, args = parse_recipe(module.RecipeArguments, command_line(job, options), module.DEFAULTS)
     return recipe, arms_of(job, options), args
 
 
@@ -137,16 +135,18 @@ def gather(job: str, options: argparse.Namespace) -> None:
 
     Weights and bases are too large to be brought along and are not needed: what the runs kept is.
     """
+    from kept_files import read_object
+
     from hf_sl2o import Layout, LSTMRule, RandomBasis
     from hf_sl2o.comparison import environment
-    from hf_sl2o.files import load_json, save_json
+    from hf_sl2o.files import save_json
 
     class Gathered(importlib.import_module(JOBS[job].recipe).Recipe):  # type: ignore[misc]
         def train_base(self, *of: Any) -> None:
             pass
 
         def run(self, folder: Path, *of: Any, **objects: Any) -> Any:
-            known = load_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+            known = read_object(folder / "run.json") if (folder / "run.json").is_file() else {}
             if "eval" not in known:
                 raise ValueError(f"{folder} holds no finished run; finish it where it began and bring it here")
             return known
@@ -164,7 +164,7 @@ def gather(job: str, options: argparse.Namespace) -> None:
     parsed, arms, args = parse(job, here)
     parsed.arms = list(arms)
     recipe = Gathered(parsed, args)
-    stages = {path.stem: load_json(path) for path in (recipe.folder / "stages").glob("*.json")}
+    stages = {path.stem: read_object(path, "seconds") for path in (recipe.folder / "stages").glob("*.json")}
     if parsed.subspace.startswith("pca"):
         stages["sample"] = {"seconds": recipe.sample()[1]}
         layout = Layout.from_named_parameters(recipe.start.named_parameters())
@@ -173,7 +173,7 @@ def gather(job: str, options: argparse.Namespace) -> None:
         basis = recipe.load_basis()
     runs = recipe.train(basis, LSTMRule(recipe.rule_config()))
     comparison = recipe.compare(runs, stages)
-    comparison |= {"environment": load_json(recipe.folder / "environment.json"), "gathered": environment(ROOT)}
+    comparison |= {"environment": read_object(recipe.folder / "environment.json"), "gathered": environment(ROOT)}
     comparison["training"]["tf32"] = tf32
     save_json(recipe.folder / "comparison.json", comparison)
 
@@ -240,7 +240,13 @@ def options_of(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--use_cpu", action="store_true")
     parser.add_argument("--gather", action="store_true", help="only the tables, of runs that were made elsewhere")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    options = parse_options(parser, argv)
+    for job, *settings in options.set:
+        if job not in JOBS or not settings:
+            raise ValueError(f"--set is {[job, *settings]}, expected a job of {', '.join(JOBS)}, and NAME=VALUE")
+        if wrong := [setting for setting in settings if not setting.partition("=")[1]]:
+            raise ValueError(f"--set {job} has {wrong[0]!r}, expected NAME=VALUE, such as max_steps=300")
+    return options  # type: ignore[no-any-return]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -252,7 +258,17 @@ def main(argv: list[str] | None = None) -> None:
         for job in options.jobs:
             gather(job, options)
         return
-    parsed = {job: parse(job, options)[:2] for job in options.jobs}
+    from cifar_data import parquet_file
+    from command_line import check_together
+
+    if str(options.data) not in ("embedded", "hub"):
+        for split in ("train", "test"):
+            parquet_file(str(options.data), split, ("img", "label"))
+    parsed = {}
+    for job in options.jobs:
+        recipe, arms, args = parse(job, options)
+        check_together(recipe, args)
+        parsed[job] = recipe, arms
     slots = threading.Semaphore(options.processes)
     failed = []
     with ThreadPoolExecutor(len(options.jobs)) as threads:
@@ -266,4 +282,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -27,6 +27,10 @@ from hf_sl2o import Layout, LSTMRule, MetaTrainer, MetaTrainingArguments, Random
 from hf_sl2o.comparison import environment
 from hf_sl2o.files import save_json
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
+
+from checks import parse_options, run_script  # noqa: E402
+
 
 def worker(folder: Path, inner_steps: int) -> None:
     """What each process runs; the first one writes seconds."""
@@ -83,7 +87,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--inner_steps", type=int, default=200)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
+    options = parse_options(parser, argv)
     if options.worker is not None:
         worker(options.worker, options.inner_steps)
         return None
@@ -109,4 +113,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

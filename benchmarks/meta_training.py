@@ -50,6 +50,7 @@ from hf_sl2o import Layout, LSTMRule, RandomBasis, Rule, Task, unroll  # noqa: E
 from hf_sl2o.comparison import environment, peak_bytes, reset_peak  # noqa: E402
 from hf_sl2o.files import save_json  # noqa: E402
 from hf_sl2o.tasks import InnerRun  # noqa: E402
+from recipes.checks import parse_options, run_script  # noqa: E402
 from recipes.networks import resnet8, resnet18  # noqa: E402
 
 NETWORKS = {"resnet8": (resnet8, 128), "resnet18": (resnet18, 32)}  # images in a batch
@@ -284,7 +285,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--quick", action="store_true", help="under a minute: small batches of ResNet-8, few rounds")
     parser.add_argument("--network", choices=sorted(NETWORKS), nargs="+", help="default: all; with --quick resnet8")
-    options = parser.parse_args(argv)
+    options = parse_options(parser, argv)
     rows = []
     for network in options.network or (["resnet8"] if options.quick else list(NETWORKS)):
         batch = NETWORKS[network][1]
@@ -306,4 +307,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

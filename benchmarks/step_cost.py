@@ -20,6 +20,10 @@ from hf_sl2o import Layout, LSTMRule, RandomBasis, SubspaceOptimizer
 from hf_sl2o.comparison import environment
 from hf_sl2o.files import save_json
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
+
+from checks import parse_options, run_script  # noqa: E402
+
 SIZES = {"tiny": (2, 2, 64, 1000), "gpt2": (12, 12, 768, 50257)}  # layers, heads, width, vocabulary
 
 
@@ -119,7 +123,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--quick", action="store_true", help="under a minute")
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
-    options = parser.parse_args(argv)
+    options = parse_options(parser, argv)
     rows = benchmark(options.size, rounds=30 if options.quick else 200)
     result = {"benchmark": "step_cost", "rows": rows, "environment": environment(Path(__file__).parent)}
     for entry in rows:
@@ -132,4 +136,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

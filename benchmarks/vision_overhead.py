@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 
+from checks import parse_options, run_script  # noqa: E402
 from cifar_data import ImageSet, as_is, load_cifar  # noqa: E402
 from networks import Classifier, resnet8, resnet20  # noqa: E402
 from step_cost import row, synchronize  # noqa: E402
@@ -43,7 +44,7 @@ def measure(build: Any, steps: int, rounds: int) -> dict[str, list[float]]:
     def trainer() -> float:
         with tempfile.TemporaryDirectory() as folder:
             args = SL2OTrainingArguments(
-                folder, optim="subspace_sgd", learning_rate=0.01, max_steps=steps, save_strategy="no",
+                folder, optim="subspace_sgd", learning_rate=0.05, max_steps=steps, save_strategy="no",
                 report_to="none", per_device_train_batch_size=BATCH, remove_unused_columns=False, disable_tqdm=True,
                 logging_steps=20, use_cpu=device == "cpu", dataloader_pin_memory=device == "cuda",
             )  # fmt: skip
@@ -57,7 +58,7 @@ def measure(build: Any, steps: int, rounds: int) -> dict[str, list[float]]:
 
     def bare() -> float:
         model = start.to(device).train()
-        optimizer = SubspaceOptimizer(model.named_parameters(), basis, lambda c: torch.optim.SGD(c, lr=0.01))
+        optimizer = SubspaceOptimizer(model.named_parameters(), basis, lambda c: torch.optim.SGD(c, lr=0.05))
         synchronize()
         begin = time.perf_counter()
         for _ in range(steps):
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--quick", action="store_true", help="under a minute")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    options = parser.parse_args(argv)
+    options = parse_options(parser, argv)
     names = ["resnet8"] if options.quick else options.networks
     steps, rounds = (10, 3) if options.quick else (100, 7)
     rows = []
@@ -113,4 +114,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_script(main)

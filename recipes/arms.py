@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
+from checks import check_flags
+from kept_files import keep, kept, made_files, only_run, say, whole
 from torch import nn
 
 from hf_sl2o import SL2OTrainingArguments
-from hf_sl2o.files import load_json, save_json
 
 
 @dataclass
@@ -52,13 +54,23 @@ class PipelineArguments:
     known_arms: ClassVar[Mapping[str, Arm]] = {}
 
     def __post_init__(self) -> None:
+        check_flags(vars(self))
+        if self.rule is not None and self.save_rule is not None:
+            raise ValueError(
+                f"--save_rule {self.save_rule} keeps the rule that is meta-trained here, and --rule {self.rule} names "
+                "one; leave one of them out"
+            )
         if self.subspace not in ("pca-full", "pca-lora", "lora", "random"):
             raise ValueError(f"--subspace is {self.subspace!r}, expected pca-full, pca-lora, lora, or random")
         if unknown := sorted(set(self.arms or []) - self.arm_names()):
             raise ValueError(f"--arms has {unknown[0]!r}, expected any of {sorted(self.arm_names())}")
 
+    def given_rules(self) -> Mapping[str, Path]:
+        """Folders of rules that are used unchanged, by arm."""
+        return {}
+
     def arm_names(self) -> set[str]:
-        return set(self.known_arms)
+        return {*self.known_arms, *self.given_rules()}
 
 
 @dataclass(frozen=True)
@@ -99,22 +111,41 @@ def training_settings(args: SL2OTrainingArguments) -> dict[str, Any]:
 
 
 def stage(
-    folder: Path, name: str, key: str, work: Callable[[], dict[str, Any]], *, collective: bool = False
+    folder: Path,
+    name: str,
+    key: str,
+    work: Callable[[], dict[str, Any]],
+    *,
+    collective: bool = False,
+    made: Path | None = None,
 ) -> dict[str, Any]:
-    """Runs `work` unless its result of the same key is there: on the first process, or on all if it is collective."""
-    path = folder / "stages" / f"{name}.json"
-    state = PartialState()
-    done = path.is_file() and load_json(path)["key"] == key
+    """Runs `work` unless its result of the same key is there: on the first process, or on all if it is collective.
+
+    Args:
+        folder (`Path`): Holds the results of stages.
+        name, key (`str`): Of the stage, and of everything its result depends on.
+        work (`Callable`): The stage.
+        collective (`bool`, *optional*, defaults to `False`): All processes take part.
+        made (`Path`, *optional*): The folder that `work` fills; if one of its files is gone, the stage is done again.
+    """
+    path, state = folder / "stages" / f"{name}.json", PartialState()
+    known = kept(path)
+    done = whole(known, path, key, made)
     state.wait_for_everyone()
-    if state.is_main_process:
-        print(f"[{name}] done before, same settings" if done else f"[{name}] ...", flush=True)
-    if not done and (collective or state.is_main_process):
+    say(f"[{name}] done before, same settings" if done else f"[{name}] ...")
+    if done:
+        return known
+    with only_run(path):
         start = time.perf_counter()
-        result = work()
+        if state.is_main_process and made is not None and known.get("key") == key:
+            shutil.rmtree(made, ignore_errors=True)  # what is left of it is not gone on with
+        state.wait_for_everyone()
+        result = work() if collective or state.is_main_process else {}
         if state.is_main_process:
-            save_json(path, {"key": key, "seconds": time.perf_counter() - start, **result})
-    state.wait_for_everyone()
-    return load_json(path)  # type: ignore[no-any-return]
+            seconds = time.perf_counter() - start
+            keep(path, {"key": key, "seconds": seconds, **result, "files": made_files(made)})
+        state.wait_for_everyone()
+    return kept(path)
 
 
 def leave_processes() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checks import load_named
 from torch.nn import functional as F
 
 SPLITS = ("train", "test")
@@ -68,7 +69,7 @@ def load_cifar(
     column = "label" if num_classes == CLASSES else "fine_label"
     encoded, found, where = _from_hub(split, column) if data == "hub" else _from_folder(data, split, column)
     for index, label in enumerate(found):
-        if not isinstance(label, int) or not 0 <= label < num_classes:
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < num_classes:
             raise ValueError(
                 f"{where} has the label {label!r} in row {index}, expected an integer from 0 to {num_classes - 1}; "
                 f"give CIFAR-{num_classes}, or number the classes so"
@@ -84,11 +85,28 @@ def _from_hub(split: str, column: str) -> tuple[Sequence[Any], Sequence[Any], st
     from datasets import Image, load_dataset
 
     name = "uoft-cs/cifar10" if column == "label" else "uoft-cs/cifar100"
-    loaded = load_dataset(name, split=split).cast_column("img", Image(decode=False))
+    loaded = load_named("data", "hub", lambda: load_dataset(name, split=split)).cast_column("img", Image(decode=False))
     return list(loaded["img"]), list(loaded[column]), f"the Hub's {name}"
 
 
 def _from_folder(folder: str, split: str, column: str) -> tuple[Sequence[Any], Sequence[Any], str]:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = parquet_file(folder, split, ("img", column))
+    try:
+        table = parquet.read_table(path, columns=["img", column])
+        return table["img"].to_pylist(), table[column].to_pylist(), str(path)
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{path} is damaged ({first_line(error)}); restore it from its source") from error
+
+
+def parquet_file(folder: str, split: str, columns: Sequence[str]) -> Path:
+    """Returns the file of a split after a look at its columns.
+
+    Raises:
+        `FileNotFoundError`, `ValueError`: it is not there, no parquet file, or lacks a column.
+    """
     import pyarrow
     from pyarrow import parquet
 
@@ -99,21 +117,26 @@ def _from_folder(folder: str, split: str, column: str) -> tuple[Sequence[Any], S
             + " and ".join(f"{name}.parquet" for name in SPLITS)
         )
     try:
-        table = parquet.read_table(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a parquet file ({error}); restore it from its source") from error
-    missing = [name for name in ("img", column) if name not in table.column_names]
-    if missing:
-        raise ValueError(
-            f"{path} has the columns {table.column_names}, and lacks {missing[0]!r}; expected 'img' and {column!r}"
-        )
-    return table["img"].to_pylist(), table[column].to_pylist(), str(path)
+        names = parquet.read_schema(path).names
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, MemoryError) as error:
+        raise ValueError(f"{path} is not a parquet file ({first_line(error)}); restore it from its source") from error
+    for name in columns:
+        if names.count(name) != 1:
+            lacks = f"lacks {name!r}" if name not in names else f"has {name!r} {names.count(name)} times"
+            raise ValueError(
+                f"{path} has the columns {names}, and {lacks}; expected {' and '.join(map(repr, columns))}"
+            )
+    return path
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _decode(encoded: Sequence[Any], rows: Sequence[int], where: str) -> torch.Tensor:
     """Maps N encoded images (bytes, or `{"bytes": ...}` as datasets has) to `(N, 3, 32, 32)`, uint8."""
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     images = np.empty((len(encoded), 32, 32, 3), dtype=np.uint8)
     for index, (entry, row) in enumerate(zip(encoded, rows, strict=True)):
@@ -128,9 +151,10 @@ def _decode(encoded: Sequence[Any], rows: Sequence[int], where: str) -> torch.Te
                 size, mode = image.size, image.mode
                 if size == (32, 32) and mode == "RGB":
                     images[index] = np.asarray(image)
-        except (UnidentifiedImageError, OSError) as error:
+        except Exception as error:  # Pillow raises much else on damaged files
             raise ValueError(
-                f"{where} has an image in row {row} that cannot be read ({error}); restore it from its source"
+                f"{where} has an image in row {row} that cannot be read ({first_line(error)}); restore it from its "
+                "source"
             ) from error
         if size != (32, 32) or mode != "RGB":
             raise ValueError(

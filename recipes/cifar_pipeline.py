@@ -53,8 +53,8 @@ class CifarArguments(PipelineArguments):
     validation_rows: int = field(default=5000, metadata={"help": "Last so many rows of the training split."})
     eval_rows: int = field(default=10_000, metadata={"help": "Rows of the test split."})
 
-    def arm_names(self) -> set[str]:
-        return {*super().arm_names(), *rule_arms(self.rules)}
+    def given_rules(self) -> Mapping[str, Path]:
+        return rule_arms(self.rules)
 
 
 class Epoch(TrainerCallback):

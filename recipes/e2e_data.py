@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checks import load_named
+from csv_rows import read_csv
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPLITS = ("train", "validation", "test")
@@ -26,8 +27,13 @@ def load_rows(data: str, split: str, limit: int | None = None) -> list[Row]:
         limit (`int`, *optional*): The first so many rows.
 
     Raises:
-        `FileNotFoundError`, `ValueError`: a file is missing, lacks a column, or has no rows.
+        `FileNotFoundError`, `ValueError`: a file is missing, or has a row that cannot be taken as it is, see
+            [`read_csv`]; an unknown split; a limit below 1.
     """
+    if split not in SPLITS:
+        raise ValueError(f"the split is {split!r}, expected one of {', '.join(SPLITS)}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"the limit is {limit} rows, expected at least 1, or None for all")
     if data == "embedded":
         from e2e_embedded import generate
 
@@ -36,8 +42,12 @@ def load_rows(data: str, split: str, limit: int | None = None) -> list[Row]:
         from datasets import load_dataset
 
         # The Hub's own conversion: the repository itself holds a script, which datasets no longer runs.
-        loaded = load_dataset("tuetschek/e2e_nlg", split=split, revision="refs/convert/parquet")
+        name, revision = "tuetschek/e2e_nlg", "refs/convert/parquet"
+        loaded = load_named("data", data, lambda: load_dataset(name, split=split, revision=revision))
         rows = [{"mr": row["meaning_representation"], "ref": row["human_reference"]} for row in loaded]
+        for index, row in enumerate(rows):
+            if not all(isinstance(cell, str) and cell.strip() for cell in row.values()):
+                raise ValueError(f"{name} of the Hub has an empty cell in row {index} of {split}; give a folder")
         return rows[:limit]
     path = Path(data) / f"{split}.csv"
     if not path.is_file():
@@ -45,17 +55,7 @@ def load_rows(data: str, split: str, limit: int | None = None) -> list[Row]:
             f"--data {data}: looked for {path} and found no such file; give embedded, hub, or a folder with "
             + ", ".join(f"{name}.csv" for name in SPLITS)
         )
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [name for name in ("mr", "ref") if name not in (reader.fieldnames or [])]
-        if missing:
-            raise ValueError(
-                f"{path} has the columns {reader.fieldnames}, and lacks {missing[0]!r}; expected 'mr' and 'ref'"
-            )
-        rows = [{"mr": row["mr"], "ref": row["ref"]} for row in reader if row["mr"] and row["ref"]]
-    if not rows:
-        raise ValueError(f"{path} has no rows; expected at least one with 'mr' and 'ref'")
-    return rows[:limit]
+    return read_csv(path, ("mr", "ref"))[:limit]
 
 
 def fingerprint(rows: Sequence[Row]) -> str:
@@ -74,8 +74,8 @@ def train_tokenizer(rows: Sequence[Row], vocab_size: int = 1000) -> PreTrainedTo
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<eos>")
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(name)
+def load_tokenizer(name: str, flag: str = "tokenizer") -> PreTrainedTokenizerBase:
+    tokenizer = load_named(flag, name, lambda: AutoTokenizer.from_pretrained(name))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -17,11 +17,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from meta_tasks import arms_of, full_space_loss, lora_task, subspace_task
+from checks import load_named, parse_options, run_script
+from kept_files import read_object
+from meta_tasks import arms_of, check_tasks, full_space_loss, lora_task, subspace_task
 
 from hf_sl2o import Rule
 from hf_sl2o.comparison import compare_on, environment, mean_steps_to, plot_tasks, steps_to
-from hf_sl2o.files import load_json, save_json
+from hf_sl2o.files import save_json
 from hf_sl2o.registry import SHIPPED_RULES
 
 # Fixed before the rules were trained; none is in recipes/meta_train.py.
@@ -61,10 +63,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/evaluate_rules"))
     parser.add_argument("--tasks_dir", type=Path, default=Path("outputs/meta_train/tasks"))
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args(argv)
-    rule = Rule.from_pretrained(options.rule or SHIPPED_RULES / options.what)
+    options = parse_options(parser, argv)
+    names = options.tasks or UNSEEN[options.what]
+    check_tasks(names, options.data, plain=True, lora=options.what == "default-lora")
+    where = options.rule or SHIPPED_RULES / options.what
+    rule = load_named("rule", where, lambda: Rule.from_pretrained(where))
+    provenance(options.rule or SHIPPED_RULES / options.what)  # what is wrong with it is said before
     results: dict[str, Any] = {}
-    for name in options.tasks or UNSEEN[options.what]:
+    for name in names:
         if options.what == "default":
             task = subspace_task(name, options.data, options.tasks_dir)
         else:
@@ -102,7 +108,7 @@ def provenance(folder: str | Path) -> Any:
     path = Path(folder) / "provenance.json"
     if not path.is_file():
         return None
-    known = load_json(path)
+    known = read_object(path)
     return {key: known[key] for key in ("command", "tasks", "seconds") if key in known}
 
 
@@ -125,4 +131,4 @@ def summary(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

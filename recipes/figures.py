@@ -14,8 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from checks import parse_options, run_script
+from kept_files import read_object
+
 from hf_sl2o.comparison import mean_curve
-from hf_sl2o.files import load_json
 
 # The paper's names.
 NAMES = {
@@ -78,20 +80,46 @@ def figure(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     pyplot.close(canvas)
 
 
+def read_comparison(path: Path) -> dict[str, Any]:
+    """Returns the comparison of a recipe; raises `ValueError` if the file is none."""
+    runs = (content := read_object(path, "runs", remedy="give the comparison.json of a vision recipe"))["runs"]
+    curves = ("accuracy_per_seed", "train_loss_per_seed")
+    if not isinstance(runs, dict) or not runs:
+        raise ValueError(f"{path} holds no runs; give the comparison.json of a vision recipe")
+    for arm, run in runs.items():
+        for name in curves:
+            if not isinstance(run, dict) or not is_curves(run.get(name)):
+                raise ValueError(
+                    f"{path}: the arm {arm!r} has no {name} (lists of [step, value] for each seed); give the "
+                    "comparison.json of a vision recipe"
+                )
+    return content
+
+
+def is_curves(value: Any) -> bool:
+    """Whether it holds (step, value) pairs for each seed, all at the same steps; there may be none of them."""
+    if not isinstance(value, list) or not all(isinstance(curve, list) for curve in value):
+        return False
+    pairs = [point for curve in value for point in curve]
+    good = all(isinstance(p, list) and len(p) == 2 and all(isinstance(x, int | float) for x in p) for p in pairs)
+    return good and len({tuple(point[0] for point in curve) for curve in value}) <= 1
+
+
 def main(argv: list[str] | None = None) -> list[Path]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, help="comparison.json files")
     parser.add_argument("--output_dir", type=Path, help="default: beside each file")
-    options = parser.parse_args(argv)
+    options = parse_options(parser, argv)
+    contents = {path: read_comparison(path) for path in options.results}
     written = []
-    for path in options.results:
+    for path, content in contents.items():
         name = path.parent.name if path.stem == "comparison" else path.stem
         target = (options.output_dir or path.parent) / f"{name}_arms.png"
-        figure({name: load_json(path)}, target)
+        figure({name: content}, target)
         print(f"written: {target}")
         written.append(target)
     return written
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

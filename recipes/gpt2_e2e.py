@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 from arms import Arm, PipelineArguments, grid
+from checks import load_named, run_script
 from command_line import run_recipe
 from e2e_data import (
     E2EDataset,
@@ -77,7 +78,8 @@ class Recipe(Pipeline):
         if recipe.tokenizer is None and recipe.model == "tiny":
             self.tokenizer: Any = train_tokenizer(rows["train"])
         else:
-            self.tokenizer = load_tokenizer(recipe.tokenizer or recipe.model)
+            flag = "model" if recipe.tokenizer is None else "tokenizer"
+            self.tokenizer = load_tokenizer(recipe.tokenizer or recipe.model, flag)
         self.train_set = E2EDataset(rows["train"], self.tokenizer)
         self.eval_set = E2EDataset(rows["validation"], self.tokenizer)
         self.data = {name: {"rows": len(split), "fingerprint": fingerprint(split)} for name, split in rows.items()}
@@ -106,10 +108,10 @@ class Recipe(Pipeline):
                     vocab_size=len(self.tokenizer), n_layer=layers, n_head=heads, n_embd=width, **special
                 )
             else:
-                config = AutoConfig.from_pretrained(recipe.model)
+                config = load_named("model", recipe.model, lambda: AutoConfig.from_pretrained(recipe.model))
             model = AutoModelForCausalLM.from_config(config)
         else:
-            model = AutoModelForCausalLM.from_pretrained(recipe.model)
+            model = load_named("model", recipe.model, lambda: AutoModelForCausalLM.from_pretrained(recipe.model))
         model.config.eos_token_id = model.config.bos_token_id = model.config.pad_token_id = eos
         model.generation_config.eos_token_id = model.generation_config.bos_token_id = eos
         model.generation_config.pad_token_id = eos
@@ -198,4 +200,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    main()
+    run_script(main)

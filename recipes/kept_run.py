@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from arms import Arm
+from kept_files import keep, kept, only_run
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainerState
 
-from hf_sl2o import SL2OTrainer, SL2OTrainingArguments, TrajectoryCallback
+from hf_sl2o import (
+    Basis,
+    LearnedOptimizer,
+    Rule,
+    SL2OTrainer,
+    SL2OTrainingArguments,
+    SubspaceOptimizer,
+    Trajectory,
+    TrajectoryCallback,
+)
 from hf_sl2o.callbacks import unwrap_optimizer
 from hf_sl2o.comparison import peak_bytes, reset_peak
-from hf_sl2o.files import load_json, save_json
-from hf_sl2o.trainer import last_complete_checkpoint, steps_done
+from hf_sl2o.registry import load_rule
+from hf_sl2o.resume import CheckpointCallback, first_fault, last_complete_checkpoint, steps_done
 
 
 class Bar(TrainerCallback):
@@ -50,15 +61,51 @@ class Clock(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            save_json(self.path, {"key": self.key, "spent": self.spent})
+            keep(self.path, {"key": self.key, "spent": self.spent})
 
 
 class Recorder(TrajectoryCallback):
     """Records until a run diverges: it ends with a loss that no other run is behind, instead of an error."""
 
-    def _write(self, state: TrainerState, model: nn.Module) -> None:
+    def _write(self, state: TrainerState, model: nn.Module, *further: Any) -> None:
         if all(bool(p.isfinite().all()) for p in model.parameters() if p.requires_grad):
-            super()._write(state, model)
+            super()._write(state, model, *further)
+
+
+def subspace_optimizer(
+    model: nn.Module, args: SL2OTrainingArguments, basis: Basis, rule: Rule | None
+) -> SubspaceOptimizer:
+    """The optimizer of an arm in the subspace, at exactly the rate of `args`: a grid may go below what a user means.
+
+    Args:
+        model (`nn.Module`): At theta_0.
+        args ([`SL2OTrainingArguments`]): `optim`, `learning_rate`, `sl2o_momentum`, `sl2o_average`, `max_grad_norm`
+            and Adam's constants.
+        basis ([`Basis`]): With the units of the arm.
+        rule ([`Rule`], *optional*): With `optim="sl2o"`; default: the shipped one.
+    """
+    optim, lr = str(getattr(args.optim, "value", args.optim)), float(args.learning_rate)  # type: ignore[arg-type]
+    average = args.sl2o_average
+    inner: Callable[[list[torch.Tensor]], torch.optim.Optimizer]
+    if optim == "sl2o":
+        learned = load_rule(rule, with_basis=True)
+        average = learned.config.average if average is None else average
+        steps = args.max_steps if args.max_steps > 0 else None
+        inner = lambda c: LearnedOptimizer(c, learned, lr=lr, total_steps=steps)  # noqa: E731
+    elif optim == "subspace_adamw":
+        betas, eps = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
+        inner = lambda c: torch.optim.AdamW(c, lr=lr, betas=betas, eps=eps, weight_decay=0.0)  # noqa: E731
+    else:
+        inner = lambda c: torch.optim.SGD(c, lr=lr, momentum=args.sl2o_momentum)  # noqa: E731
+    return SubspaceOptimizer(
+        model.named_parameters(), basis, inner, max_grad_norm=args.max_grad_norm, average=average or 0.0
+    )
+
+
+def lost_snapshots(trajectory: Path, steps: Iterable[int]) -> list[int]:
+    """Which of the snapshots that a run recorded are not there any more."""
+    known = Trajectory(trajectory)
+    return [step for step in steps if step not in known.steps or not known.path(step).is_file()]
 
 
 class RecipeTrainer(SL2OTrainer):
@@ -67,12 +114,14 @@ class RecipeTrainer(SL2OTrainer):
     arm = Arm("", ())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        if self.arm.make is None:
-            return super().create_optimizer(*args, **kwargs)  # type: ignore[no-any-return]
-        if self.optimizer is None:
+        if self.optimizer is None and self.arm.make is not None:
             parameters = [p for p in self.model.parameters() if p.requires_grad]
             self.optimizer = self.arm.make(parameters, self.args.learning_rate)
-        return self.optimizer
+        elif (
+            self.optimizer is None and self.basis is not None and (self.rule is not None or self.args.optim != "sl2o")
+        ):
+            self.optimizer = subspace_optimizer(self.model, self.args, self.basis, self.rule)
+        return super().create_optimizer(*args, **kwargs)  # type: ignore[no-any-return]  # keeps one that is there
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         if self.arm.decay_at and self.lr_scheduler is None:
@@ -108,48 +157,57 @@ def kept_run(
         `state_bytes` of the optimizer, and what `judge` found.
     """
     path, state = folder / "run.json", PartialState()
-    known = load_json(path) if path.is_file() else {}
+    known = kept(path)
+    state.wait_for_everyone()  # all have read it
     if known.get("key") == key and "eval" in known:
-        return known  # type: ignore[no-any-return]
-    if known.get("key") != key:
-        known = {"key": key}
+        return known
+    with only_run(folder):
+        if known.get("key") != key:
+            known = {"key": key}
+            if state.is_main_process:
+                shutil.rmtree(folder, ignore_errors=True)
+                keep(path, known)
+        state.wait_for_everyone()
+        checkpoint = unfinished_checkpoint(folder, args.max_steps)
+        clock = Clock(path, key, known.get("spent", 0.0) if checkpoint else 0.0)
+        own = [*callbacks, Bar(), CheckpointCallback(), clock]
+        trainer = RecipeTrainer(build_model(), args, callbacks=own, **objects)
+        trainer.arm = arm
+        trainer.remove_callback(PrinterCallback)
+        reset_peak()
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            diverged = False
+        except FloatingPointError as error:  # on all processes: they have the same gradients
+            print(f"  {folder.name} diverged at step {trainer.state.global_step}: {error}", flush=True)
+            diverged = True
+        result = {"key": key, **curves(trainer, diverged), "seconds": clock.spent, **judge(trainer)}
         if state.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            save_json(path, known)
-    state.wait_for_everyone()
-    checkpoint = unfinished_checkpoint(folder, args.max_steps)
-    clock = Clock(path, key, known.get("spent", 0.0) if checkpoint else 0.0)
-    trainer = RecipeTrainer(build_model(), args, callbacks=[*callbacks, Bar(), clock], **objects)
-    trainer.arm = arm
-    trainer.remove_callback(PrinterCallback)
-    reset_peak()
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-        diverged = False
-    except FloatingPointError as error:  # on all processes: they have the same gradients
-        print(f"  {folder.name} diverged at step {trainer.state.global_step}: {error}", flush=True)
-        diverged = True
-    result = {"key": key, **kept(trainer, diverged), "seconds": clock.spent, **judge(trainer)}
-    if state.is_main_process:
-        save_json(path, result)
-    state.wait_for_everyone()
+            keep(path, result)
+        state.wait_for_everyone()
     return result
 
 
 def unfinished_checkpoint(folder: Path, max_steps: int) -> str | None:
-    """The last complete checkpoint; one of the last step is removed: Trainer would add a step to a finished run."""
+    """The last complete checkpoint before the last step; Trainer would add a step to a finished run.
+
+    What is later, or was half-written or half-deleted by a kill, is removed: no later start takes it, and a Trainer
+    that counts checkpoints would delete a good one for it.
+    """
     state, found = PartialState(), last_complete_checkpoint(folder)
-    if found is None or steps_done(found) < max_steps:
-        return found
+    finished = found is not None and steps_done(found) >= max_steps
     state.wait_for_everyone()
     if state.is_main_process:
-        shutil.rmtree(found)
+        last = max_steps - 1 if found is None or finished else steps_done(found)
+        for path in folder.glob("checkpoint-*"):
+            match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+            if match and (int(match[1]) > last or first_fault(path) is not None):
+                shutil.rmtree(path)
     state.wait_for_everyone()
-    return last_complete_checkpoint(folder)
+    return last_complete_checkpoint(folder) if finished else found
 
 
-def kept(trainer: SL2OTrainer, diverged: bool = False) -> dict[str, Any]:
+def curves(trainer: SL2OTrainer, diverged: bool = False) -> dict[str, Any]:
     """The curves of a run that has ended, and what its optimizer took; NaN from where it diverged to its last step."""
     history, state = trainer.state.log_history, trainer.state
 

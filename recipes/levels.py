@@ -56,15 +56,20 @@ def meta_training_steps(folder: Path) -> int | None:
     """
     if not (folder / "provenance.json").is_file():
         return None
-    made = load_json(folder / "provenance.json")
-    total = 0
-    for stage in made.get("stages", [made]):
-        if "settings" not in stage:
-            return None
-        args = MetaTrainingArguments(**{**stage["settings"], "output_dir": str(folder)})
-        episodes = len(stage["tasks"]) * args.episodes_per_task
-        total += episodes * sum(map(args.steps_at, range(args.meta_epochs)))
-        total += len(stage["tasks"]) * len(stage["validation"]) * args.inner_steps
+    path = folder / "provenance.json"
+    made, total = load_json(path, dict), 0
+    try:
+        for stage in made.get("stages", [made]):
+            if "settings" not in stage:
+                return None
+            args = MetaTrainingArguments(**{**stage["settings"], "output_dir": str(folder)})
+            episodes = len(stage["tasks"]) * args.episodes_per_task
+            total += episodes * sum(map(args.steps_at, range(args.meta_epochs)))
+            total += len(stage["tasks"]) * len(stage["validation"]) * args.inner_steps
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} does not say how the rule was made ({type(error).__name__}: {error}); restore it, or remove it"
+        ) from error
     return total
 
 
@@ -72,6 +77,16 @@ def paid_for_rules(cost: Mapping[str, Any]) -> str:
     """A sentence that goes on below the table; empty if there are none."""
     known = [f"{arm} {'unknown' if steps is None else f'{steps:,}'}" for arm, steps in cost["rules"].items()]
     return f" Meta-training of rules used unchanged, once for every task: {', '.join(known)}." if known else ""
+
+
+def paid_once(comparison: Mapping[str, Any], dim: int) -> str:
+    """What stands below the table of a recipe."""
+    cost = comparison["amortised"]
+    return (
+        f"{comparison['n']:,} parameters, d = {dim}. Paid once, in training steps: trajectory {cost['trajectory']}, "
+        f"meta-training {cost['meta_training']}; extraction {cost['seconds'].get('extract', 0):.1f} s."
+        f"{paid_for_rules(cost)}"
+    )
 
 
 def amortised(

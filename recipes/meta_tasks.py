@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from arms import stamp
-from problems import PROBLEMS, Problem
-from safetensors.torch import load_file
+from kept_files import made_once, read_object, tensors_once
+from problems import PROBLEMS, Problem, check_data
 from torch import nn
 from tqdm.auto import tqdm
 
 from hf_sl2o import Basis, IdentityBasis, Layout, LearnedOptimizer, RandomBasis, Rule, Task, Trajectory, fit_basis
 from hf_sl2o.comparison import Arm
-from hf_sl2o.files import load_json, save_json, save_tensors
+from hf_sl2o.files import checksum_of
+from hf_sl2o.hub import WEIGHTS
 
 SNAPSHOTS = 60  # the paper's number
 
@@ -59,10 +60,11 @@ def subspace_task(name: str, data: str, folder: Path, dim: int = 40) -> Task:
 
     `name` may end in @ROWS: batches are then cut to so many rows, in the same subspace. Their gradients are noisier.
     """
-    task_name, (name, _, rows) = name, name.partition("@")
+    task_name, (name, _, _, rows) = name, parse_task(name, plain=True)
     problem = PROBLEMS[name](data)
-    where = folder / f"{name}-{stamp(problem.learning_rate, problem.steps, dim, data)}"
-    if not (where / "done.json").is_file():
+    where = recorded_in(name, problem, data, folder, dim)
+
+    def work() -> dict[str, Any]:
         trajectory = Trajectory(where / "trajectory")
         trajectory.clear()
         model = problem.build_model()
@@ -80,33 +82,44 @@ def subspace_task(name: str, data: str, folder: Path, dim: int = 40) -> Task:
         model.eval()
         with torch.no_grad():
             losses = [float(problem.loss(model, batch)) for batch in problem.eval_batches("all")]
-        save_json(where / "done.json", {"full_space_loss": sum(losses) / len(losses), **basis.provenance})
-    basis = Basis.from_pretrained(where / "basis")
+        made = {"full_space_loss": sum(losses) / len(losses), "basis": checksum_of(where / "basis" / WEIGHTS)}
+        return {**made, **basis.provenance}
 
+    known = made_once(where / "done.json", where.name, work, where / "basis")
+    basis = Basis.from_pretrained(where / "basis")
+    if known["basis"] != checksum_of(where / "basis" / WEIGHTS):
+        raise ValueError(f"{where / 'basis'} holds another basis than the one that was fitted there; delete {where}")
     return Task(
         task_name, problem.build_model, cut(lambda seed: problem.batches("all", seed), rows), problem.loss, basis,
         problem.eval_batches("all"),
     )  # fmt: skip
 
 
+def recorded_in(name: str, problem: Problem, data: str, folder: Path, dim: int) -> Path:
+    return folder / f"{name}-{stamp(problem.learning_rate, problem.steps, dim, data)}"
+
+
 def full_space_loss(name: str, data: str, folder: Path, dim: int = 40) -> float:
     """Held-out loss at the end of the run that was recorded for `subspace_task`."""
-    name = name.partition("@")[0]
-    problem = PROBLEMS[name](data)
-    where = folder / f"{name}-{stamp(problem.learning_rate, problem.steps, dim, data)}"
-    return float(load_json(where / "done.json")["full_space_loss"])
+    name = parse_task(name, plain=True)[0]
+    where = recorded_in(name, PROBLEMS[name](data), data, folder, dim)
+    return float(read_object(where / "done.json", "full_space_loss")["full_space_loss"])
 
 
-def pretrained_base(name: str, data: str, folder: Path) -> tuple[Problem, Path]:
-    """Trains the base of a problem on its "base" part, once; returns the problem and the file of weights."""
+def pretrained_base(name: str, data: str, folder: Path) -> tuple[Problem, Path, dict[str, torch.Tensor]]:
+    """Trains the base of a problem on its "base" part, once; returns the problem, and the weights and their file."""
     problem = PROBLEMS[name](data)
+    if not problem.lora_targets:
+        raise ValueError(f"{name} has no base for LoRA: it has no matrices that are adapted; give another task")
     where = folder / f"{name}-base-{stamp(problem.learning_rate, problem.steps, data)}.safetensors"
-    if not where.is_file():
+
+    def make() -> dict[str, torch.Tensor]:
         model = problem.build_model()
         train_full(problem, "base", model, f"{name} base", lambda step: None)
         once = {**dict(model.named_parameters()), **dict(model.named_buffers())}  # a tied weight is in it once
-        save_tensors(where, {name: tensor for name, tensor in once.items() if name in model.state_dict()})
-    return problem, where
+        return {name: tensor for name, tensor in once.items() if name in model.state_dict()}
+
+    return problem, where, tensors_once(where, make)
 
 
 def lora_task(name: str, data: str, folder: Path, rank: int = 8, scaling: float = 2.0) -> Task:
@@ -116,9 +129,9 @@ def lora_task(name: str, data: str, folder: Path, rank: int = 8, scaling: float 
     """
     from peft import LoraConfig, get_peft_model
 
-    name, at, rows = name.partition("@")
-    problem, where = pretrained_base(name, data, folder)
-    weights = load_file(where)
+    name, _, _, rows = parse_task(name, plain=True)
+    at = "@" if rows else ""
+    problem, _, weights = pretrained_base(name, data, folder)
 
     def build() -> nn.Module:
         model = problem.build_model()
@@ -147,16 +160,38 @@ def named_task(name: str, data: str, folder: Path) -> Task:
     "digits-mlp"; "digits-mlp-lora4": LoRA, rank 4; "digits-mlp-lora4x16": LoRA, rank 4, alpha 16 times that (else
     twice); each may end in @ROWS, such as "digits-mlp@8": smaller batches.
     """
-    match = re.fullmatch(r"([\w-]+?)(?:-lora([1-9]\d*)(?:x(\d*\.?\d+))?)?(@[1-9]\d*)?", name)
-    if match is None or match[1] not in PROBLEMS:
+    problem, rank, scaling, rows = parse_task(name)
+    at_rows = f"@{rows}" if rows else ""
+    if not rank:
+        return subspace_task(problem + at_rows, data, folder)
+    return lora_task(problem + at_rows, data, folder, int(rank), float(scaling or 2))
+
+
+def parse_task(name: str, *, plain: bool = False) -> tuple[str, str, str, str]:
+    """Returns problem, rank, scaling and rows of a name, "" for what is not in it; `plain`: without LoRA.
+
+    Raises:
+        `ValueError`: there is no such task.
+    """
+    match = re.fullmatch(r"([\w-]+?)(?:-lora([1-9]\d*)(?:x(\d*\.?\d+))?)?(?:@([1-9]\d*))?", name)
+    if match is None or match[1] not in PROBLEMS or (plain and match[2]) or (match[3] and not float(match[3]) > 0):
+        further = "@ROWS" if plain else "-loraRANK or -loraRANKxSCALING, and @ROWS"
         raise ValueError(
-            f"there is no task {name!r}, expected one of {', '.join(PROBLEMS)}; after it may stand -loraRANK or "
-            "-loraRANKxSCALING, and @ROWS"
+            f"there is no task {name!r}, expected one of {', '.join(PROBLEMS)}; after it may stand {further}"
         )
     problem, rank, scaling, rows = match.groups(default="")
-    if not rank:
-        return subspace_task(problem + rows, data, folder)
-    return lora_task(problem + rows, data, folder, int(rank), float(scaling or 2))
+    return problem, rank, scaling, rows
+
+
+def check_tasks(
+    names: Iterable[str], data: str, *, plain: bool = False, lora: bool = False, flag: str = "tasks"
+) -> None:
+    """Raises before anything is trained where there is no such task, or no data for it; `lora`: all are adapted."""
+    try:
+        parsed = [parse_task(name, plain=plain) for name in names]
+    except ValueError as error:
+        raise ValueError(f"--{flag}: {error}") from error
+    check_data([problem for problem, *_ in parsed], data, [bool(lora or rank) for _, rank, *_ in parsed])
 
 
 # What drives a task

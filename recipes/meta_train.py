@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from arms import leave_processes, portable
-from meta_tasks import named_task
+from checks import check_flags, check_places, run_script
+from meta_tasks import check_tasks, named_task
 from transformers import HfArgumentParser
 
 from hf_sl2o import FirstOrder, LSTMRule, MetaTrainer, MetaTrainingArguments, RuleConfig
@@ -135,18 +136,50 @@ class MetaTrainArguments:
     disable_tqdm: bool = field(default=False, metadata={"help": "No progress bar."})
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    (options,) = HfArgumentParser(MetaTrainArguments).parse_args_into_dataclasses(argv)  # type: ignore[arg-type]
+#: What may be in the folder of --save_to, which is replaced.
+RULE_FILES = {"config.json", "model.safetensors", "README.md", "provenance.json"}
+
+
+def parse(argv: list[str] | None) -> MetaTrainArguments:
+    """Returns the flags; raises `ValueError` or `FileNotFoundError` before any work where one cannot be right."""
+    parser = HfArgumentParser(MetaTrainArguments)  # type: ignore[arg-type]
+    try:
+        (options,) = parser.parse_args_into_dataclasses(argv)
+    except ValueError as error:
+        raise ValueError(str(error)) from error  # a flag that nobody knows
+    check_flags(vars(options))
     if options.rule not in PLANS:
         raise ValueError(f"--rule is {options.rule!r}, expected one of {', '.join(PLANS)}")
-    plan, folder = PLANS[options.rule], Path(options.output_dir)
-    start, environment_ = time.perf_counter(), environment(Path(__file__).parent)
+    plan = PLANS[options.rule]
+    check_tasks([name for stage in plan.stages for name in options.tasks or stage.tasks], options.data)
+    config_of(plan, options)
+    for stage in plan.stages:
+        arguments(stage, Path(options.output_dir), options, time.perf_counter())
+    if options.save_to is not None and Path(options.save_to).is_dir():
+        if others := sorted({path.name for path in Path(options.save_to).iterdir()} - RULE_FILES):
+            raise ValueError(
+                f"--save_to is {options.save_to}, a folder that is replaced, and it holds {others[0]!r}; give a new "
+                "one, or one of a rule"
+            )
+    check_places(vars(options))
+    return options  # type: ignore[no-any-return]
+
+
+def config_of(plan: Plan, options: MetaTrainArguments) -> RuleConfig:
+    """The plan's rule with what the command line changes."""
     changes: dict[str, Any] = {"momenta": tuple(options.momenta)}
     for name in ("output_scale", "tensor_scale", "progress", "agreement"):
         if getattr(options, name) is not None:
             changes[name] = getattr(options, name)
+    return dataclasses.replace(plan.config, **changes)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    options = parse(argv)
+    plan, folder = PLANS[options.rule], Path(options.output_dir)
+    start, environment_ = time.perf_counter(), environment(Path(__file__).parent)
     torch.manual_seed(options.seed)
-    rule = LSTMRule(dataclasses.replace(plan.config, **changes))
+    rule = LSTMRule(config_of(plan, options))
     last = folder / (options.name or options.rule)
     stages = []
     for number, stage in enumerate(plan.stages, 1):
@@ -205,5 +238,5 @@ def arguments(stage: Stage, folder: Path, options: MetaTrainArguments, start: fl
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
     leave_processes()

@@ -18,39 +18,21 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from arms import (
-    Arm,
-    PipelineArguments,
-    digest,
-    grid,
-    portable,
-    stage,
-    stamp,
-    training_settings,
-)
-from kept_run import Recorder, kept_run
-from levels import amortised, paid_for_rules, to_accuracies, to_losses
+from arms import Arm, PipelineArguments, digest, grid, portable, stage, stamp, training_settings
+from checks import check_directions
+from kept_files import copy_checkpoints, say, sweep
+from kept_run import Recorder, kept_run, lost_snapshots
+from levels import amortised, paid_once, to_accuracies, to_losses
 from meta_stage import copy_rule, meta_train
 from torch import nn
 from transformers.training_args import OptimizerNames
 from tuning import choices, final_loss, over_seeds, search, summary
 
-from hf_sl2o import (
-    Basis,
-    IdentityBasis,
-    Layout,
-    RandomBasis,
-    Rule,
-    RuleConfig,
-    SL2OTrainer,
-    SL2OTrainingArguments,
-    SymbolicRule,
-    Task,
-    Trajectory,
-    fit_basis,
-)
+from hf_sl2o import Rule, RuleConfig, SL2OTrainer, SL2OTrainingArguments, SymbolicRule, Task
 from hf_sl2o.comparison import environment, plot, table
-from hf_sl2o.files import save_json
+from hf_sl2o.files import checksum_of, save_json
+from hf_sl2o.hub import WEIGHTS
+from hf_sl2o.subspace import Basis, IdentityBasis, Layout, RandomBasis, Trajectory, fit_basis
 
 
 class Pipeline:
@@ -69,7 +51,7 @@ class Pipeline:
     recorded_share = 1.0  # of that run: snapshots are taken in it
 
     def trainer_objects(self) -> dict[str, Any]:
-        """What the Trainer is given beside the model: datasets, collator, processing class, metrics, callbacks."""
+        """What the Trainer is given beside the model: data, collator, processing class, metrics, callbacks."""
         raise NotImplementedError
 
     def full_space(self, name: str, folder: Path, lr: float, seed: int) -> SL2OTrainingArguments:
@@ -114,13 +96,12 @@ class Pipeline:
         """Takes what the stages' keys hold: `identity` tells recipes, models and data apart."""
         self.recipe, self.args, self.folder = recipe, args, Path(args.output_dir or "outputs")
         self.recorded: dict[Path, tuple[float, float]] = {}  # validation loss and seconds
-        if recipe.subspace.startswith("pca"):
-            recorded = min(recipe.snapshots, int(self.recorded_share * recipe.trajectory_steps))
-            if not 1 <= recipe.dim <= recorded:
-                raise ValueError(
-                    f"--dim is {recipe.dim}, expected between 1 and the {recorded} snapshots that are recorded: "
-                    f"--snapshots {recipe.snapshots} in --trajectory_steps {recipe.trajectory_steps}"
-                )
+        check_directions(recipe, self.recorded_share)
+        n = Layout.from_named_parameters(self.start.named_parameters()).n
+        if recipe.subspace != "lora" and recipe.dim > n:
+            raise ValueError(f"--dim is {recipe.dim}, expected at most the {n} parameters that are trained")
+        if PartialState().is_main_process:
+            sweep(self.folder)
         self.rules_as_they_are = {arm: Rule.from_pretrained(folder) for arm, folder in self.rule_folders.items()}
         names = ("subspace", "dim", "lora_rank", "trajectory_steps", "snapshots")
         self.key = stamp(
@@ -132,8 +113,6 @@ class Pipeline:
 
     def build_model(self) -> nn.Module:
         return copy.deepcopy(self.start)
-
-    # One run of the Trainer
 
     def arguments(self, folder: Path, optim: str, **changes: Any) -> SL2OTrainingArguments:
         args = copy.copy(self.args)
@@ -167,6 +146,11 @@ class Pipeline:
         PartialState().wait_for_everyone()
         return folder / "trajectory", self.recorded[folder][1]
 
+    def recorded_steps(self) -> range:
+        """At which steps there is a snapshot."""
+        last = int(self.recorded_share * self.recipe.trajectory_steps)
+        return range(0, last + 1, max(1, last // self.recipe.snapshots))
+
     def compared(self) -> list[Any]:
         """For keys: among which recorded runs the best is looked for; the snapshots of the others are removed."""
         return [self.recipe.seeds, self.recipe.trajectory_learning_rates, self.recipe.quick_grid]
@@ -181,14 +165,17 @@ class Pipeline:
 
     def extract(self, path: Path) -> dict[str, Any]:
         trajectory = Trajectory(path)
-        large = trajectory.layout is not None and trajectory.layout.n > 20_000_000
-        dtype = torch.bfloat16 if large else torch.float32
+        dtype = torch.bfloat16 if trajectory.layout and trajectory.layout.n > 20_000_000 else torch.float32
         device = self.args.device if self.args.device.type == "cuda" else "cpu"  # others have no float64
         basis = fit_basis(trajectory, self.recipe.dim, dtype=dtype, device=device)
         basis.save_pretrained(self.folder / "basis")
         share = basis.provenance["explained_variance"]
         print(f"  {basis.dim} directions hold {100 * share:.3f} % of the trajectory's variance", flush=True)
-        return {"explained_variance": share, "bytes": basis.nbytes}
+        return {
+            "explained_variance": share,
+            "bytes": basis.nbytes,
+            "basis": checksum_of(self.folder / "basis" / WEIGHTS),
+        }
 
     def load_basis(self) -> Basis:
         layout = Layout.from_named_parameters(self.start.named_parameters())
@@ -228,8 +215,7 @@ class Pipeline:
             identity = self.key, training_settings(args), name, choice, seed, arm.decay_at
             if name != self.recorded_arm or not self.recipe.subspace.startswith("pca"):
                 return self.run(folder, args, stamp(identity), arm)
-            every = max(1, int(self.recorded_share * self.recipe.trajectory_steps) // self.recipe.snapshots)
-            recorder = Recorder(folder / "trajectory", every_steps=every, overwrite=True)
+            recorder = Recorder(folder / "trajectory", every_steps=self.recorded_steps()[1], overwrite=True)
             key = stamp(identity, self.compared())
             result = self.run(folder, args, key, arm, callbacks=[recorder])
             self.keep_best_trajectory(folder, result)
@@ -270,8 +256,7 @@ class Pipeline:
         if name == self.recorded_arm and recipe.trajectory_learning_rates:
             return search(run, grid(full=tuple(recipe.trajectory_learning_rates)), grow=False)
         one_unit = arm.basis != "none" and recipe.subspace in ("lora", "random")
-        chosen = choices(arm.grid, quick=recipe.quick_grid, one_unit=one_unit)
-        return search(run, chosen, grow=not recipe.quick_grid)
+        return search(run, choices(arm.grid, quick=recipe.quick_grid, one_unit=one_unit), grow=not recipe.quick_grid)
 
     def train(self, basis: Basis, rule: Rule | None) -> dict[str, Any]:
         """Tunes every arm on validation, and runs its two best choices with every seed."""
@@ -301,11 +286,7 @@ class Pipeline:
     def publish(self, name: str, best: tuple[str, float]) -> None:
         """Shows the chosen run's checkpoints as OUTPUT/<arm>/checkpoint-*."""
         if PartialState().is_main_process:
-            for old in (self.folder / name).glob("checkpoint-*"):
-                shutil.rmtree(old)
-            chosen = self.folder / name / "runs" / f"{best[0]}-{best[1]:g}-seed-0"
-            for path in chosen.glob("checkpoint-*"):
-                shutil.copytree(path, self.folder / name / path.name)
+            copy_checkpoints(self.folder / name / "runs" / f"{best[0]}-{best[1]:g}-seed-0", self.folder / name)
 
     def used_rules(self, runs: Mapping[str, Any]) -> dict[str, Path]:
         """Folders of the rules that were not meta-trained here, by arm."""
@@ -343,8 +324,34 @@ class Pipeline:
             trajectory, seconds = self.sample()
             stages["sample"] = {"seconds": seconds}
             key = stamp(self.key, trajectory.relative_to(self.folder), self.compared())
-            stages["extract"] = stage(self.folder, "extract", key, lambda: self.extract(trajectory))
+
+            def work() -> dict[str, Any]:
+                where = self.recorded_again(trajectory)
+                return self.extract(where) if PartialState().is_main_process else {}
+
+            made = self.folder / "basis"
+            known = stages["extract"] = stage(self.folder, "extract", key, work, collective=True, made=made)
+            basis = self.load_basis()
+            if known["basis"] != checksum_of(made / WEIGHTS):
+                raise ValueError(f"{made} holds another basis than the one that was fitted there; delete the folder")
+            return basis
         return self.load_basis()
+
+    def recorded_again(self, trajectory: Path) -> Path:
+        """Records a run again whose snapshots somebody deleted; it is the same run."""
+        lost = lost_snapshots(trajectory, self.recorded_steps())
+        PartialState().wait_for_everyone()
+        if not lost:
+            return trajectory
+        say(f"  {trajectory} lacks {len(lost)} snapshots, the first of step {lost[0]}: the run is made anew")
+        if PartialState().is_main_process:
+            shutil.rmtree(trajectory.parent)
+        PartialState().wait_for_everyone()
+        self.recorded.clear()
+        again, _ = self.sample()
+        if again != trajectory:
+            raise ValueError(f"made anew, {trajectory.parent} is no longer the best run; delete it and start again")
+        return again
 
     def make_rule(self, basis: Basis, stages: dict[str, Any]) -> Rule | None:
         """Meta-trains, unless the user gave a rule or no arm needs one; notes in `stages` what it cost."""
@@ -366,7 +373,7 @@ class Pipeline:
         def work() -> dict[str, Any]:
             return meta_train(folder, self.task(basis), config, recipe, self.args, self.data)
 
-        stages["meta"] = stage(self.folder, "meta", key, work, collective=True)
+        stages["meta"] = stage(self.folder, "meta", key, work, collective=True, made=folder)
         if recipe.save_rule:
             copy_rule(folder, Path(recipe.save_rule))
         return Rule.from_pretrained(folder)
@@ -380,12 +387,6 @@ class Pipeline:
         if not PartialState().is_main_process:
             return None
         comparison = self.compare(runs, stages)
-        print(table(comparison))
-        cost, n = comparison["amortised"], comparison["n"]
-        print(
-            f"\n{n:,} parameters, d = {basis.dim}. Paid once, in training steps: trajectory {cost['trajectory']}, "
-            f"meta-training {cost['meta_training']}; extraction {cost['seconds'].get('extract', 0):.1f} s."
-            f"{paid_for_rules(cost)}\n"
-            f"Written: {self.folder / 'comparison.json'}, comparison.png, and checkpoints of each arm."
-        )
+        print(f"{table(comparison)}\n\n{paid_once(comparison, basis.dim)}")
+        print(f"Written: {self.folder / 'comparison.json'}, comparison.png, and checkpoints of each arm.")
         return comparison

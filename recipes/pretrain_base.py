@@ -15,9 +15,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from meta_tasks import pretrained_base
+from checks import parse_options, run_script
+from meta_tasks import check_tasks, pretrained_base
 from problems import PROBLEMS
-from safetensors.torch import load_file
 
 NAMES = ("digits-mlp", "docs-gpt2", "e2e-gpt2", "cifar-vit", "code-llama")
 
@@ -27,12 +27,13 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
     parser.add_argument("--names", nargs="+", choices=sorted(set(NAMES) & set(PROBLEMS)), default=list(NAMES))
     parser.add_argument("--data", default="embedded", help="embedded, or a folder with e2e_nlg and cifar10")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/meta_train/tasks"))
-    options = parser.parse_args(argv)
+    options = parse_options(parser, argv)
+    check_tasks(options.names, options.data, lora=True)
     losses: dict[str, dict[str, float]] = {}
     for name in options.names:
-        problem, where = pretrained_base(name, options.data, options.output_dir)
+        problem, where, weights = pretrained_base(name, options.data, options.output_dir)
         model = problem.build_model()
-        model.load_state_dict(load_file(where), strict=False)
+        model.load_state_dict(weights, strict=False)
         model.eval()
         with torch.no_grad():
             losses[name] = {
@@ -46,4 +47,4 @@ def main(argv: list[str] | None = None) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

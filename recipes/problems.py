@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from cifar_data import batches as image_batches
-from cifar_data import load_cifar, normalize
+from cifar_data import load_cifar, normalize, parquet_file
 from e2e_data import E2EDataset, collate, endless_batches, load_rows, train_tokenizer
 from networks import resnet8, resnet20, small_vit
 from torch import nn
@@ -351,6 +351,26 @@ def code_llama(data: str) -> Problem:
         python_code(), build, lm_loss, 3e-3, 1500, r".*(q_proj|k_proj|v_proj|o_proj|up_proj|down_proj)"
     )
 
+
+def check_data(names: Sequence[str], data: str, adapted: Sequence[bool]) -> None:
+    """Raises where what the problems read is not in the folder `data`, or one has nothing that can be adapted."""
+    for name, lora in zip(names, adapted, strict=True):
+        if lora and name in NO_ADAPTERS:
+            raise ValueError(f"{name!r} cannot be adapted by LoRA: it has no matrices for it; give another task")
+        if data == "embedded":
+            continue
+        if not Path(data).is_dir():
+            raise FileNotFoundError(f"--data is {data!r}, expected embedded, or a folder with e2e_nlg and cifar10")
+        if name == "e2e-gpt2":
+            for split in ("train", "validation"):
+                load_rows(str(Path(data) / "e2e_nlg"), split)
+        elif name.startswith("cifar-"):
+            for split in ("train", "test"):
+                parquet_file(str(Path(data) / "cifar10"), split, ("img", "label"))
+
+
+#: Without a regular expression of matrices that LoRA adapts.
+NO_ADAPTERS = ("quadratic", "teacher", "figures-cnn", "docs-gru", "cifar-resnet8", "cifar-resnet20")
 
 PROBLEMS: dict[str, Callable[[str], Problem]] = {
     "quadratic": quadratic,

@@ -20,16 +20,17 @@ from typing import Any, ClassVar
 import torch
 from accelerate import PartialState
 from arms import Arm, grid, stamp
+from checks import run_script
 from cifar_data import ImageSet
 from cifar_pipeline import TRAINER_DEFAULTS, CifarArguments, CifarPipeline
 from command_line import run_recipe
+from kept_files import keep, kept, only_writer
 from networks import Classifier, mobilenet_v2, resnet8, resnet18, resnet20, vgg16
 from p_bfgs import p_bfgs
 from problems import with_batch_statistics
 from torch import nn
 
 from hf_sl2o import Basis, BatchNormCallback, SL2OTrainingArguments, recalibrate_batch_norm
-from hf_sl2o.files import load_json, save_json
 
 MODELS = {
     "resnet8": resnet8, "resnet18": resnet18, "resnet20": resnet20, "vgg16": vgg16, "mobilenetv2": mobilenet_v2,
@@ -144,10 +145,11 @@ class Recipe(CifarPipeline):
         path = self.folder / name / "runs" / f"{choice[0]}-{choice[1]:g}-seed-{seed}" / "run.json"
         key = stamp(self.key, name, steps, every, seed, basis.fingerprint)
         state = PartialState()
-        if state.is_main_process and not (path.is_file() and load_json(path)["key"] == key):
-            save_json(path, {"key": key, **self.p_bfgs(basis, steps, every, seed)})
+        if state.is_main_process and kept(path).get("key") != key:
+            with only_writer(path):
+                keep(path, {"key": key, **self.p_bfgs(basis, steps, every, seed)})
         state.wait_for_everyone()
-        return load_json(path)
+        return kept(path)
 
     def p_bfgs(self, basis: Basis, steps: int, every: int, seed: int) -> dict[str, Any]:
         device = self.args.device
@@ -192,4 +194,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    main()
+    run_script(main)

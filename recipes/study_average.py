@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from meta_tasks import learned, named_task
+from checks import parse_options, run_script
+from meta_tasks import check_tasks, learned, named_task
 
 from hf_sl2o import Rule
 from hf_sl2o.comparison import Arm, compare_on, environment
@@ -90,7 +91,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study_average"))
     parser.add_argument("--tasks_dir", type=Path, default=Path("outputs/meta_train/tasks"))
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args(argv)
+    options = parse_options(parser, argv)
+    for what in options.rules:
+        check_tasks(options.tasks or TASKS[what], options.data)
     rules: dict[str, Any] = {}
     for what in options.rules:
         rule = Rule.from_pretrained(SHIPPED_RULES / what)
@@ -124,4 +127,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checks import parse_options, run_script
 from problems import PROBLEMS
 
 from hf_sl2o import PES, FirstOrder, Layout, LSTMRule, RandomBasis, RuleConfig, SecondOrder, Task
@@ -115,7 +116,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--problems", nargs="+", default=["quadratic", "digits-mlp"])
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--draws", type=int, default=1000)
-    options = parser.parse_args(argv)
+    options = parse_options(parser, argv)
+    for name in options.problems:
+        if name not in PROBLEMS:
+            raise ValueError(f"--problems has {name!r}, expected any of {', '.join(PROBLEMS)}")
+    if options.steps % 10:
+        raise ValueError(f"--steps is {options.steps}, expected a multiple of 10: windows have 5 and 10 steps")
     rows = [row for name in options.problems for row in study(name, options.steps, options.draws)]
     settings = {"problems": options.problems, "steps": options.steps, "draws": options.draws, "dim": DIM}
     result = {"study": "estimators", **settings, "rows": rows, "environment": environment(Path(__file__).parent)}
@@ -126,4 +132,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

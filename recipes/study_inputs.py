@@ -18,7 +18,8 @@ from typing import Any
 import evaluate_rules
 import meta_train
 from arms import portable
-from meta_tasks import arms_of, named_task
+from checks import parse_options, run_script
+from meta_tasks import arms_of, check_tasks, named_task
 
 from hf_sl2o import MetaTrainingArguments, Rule
 from hf_sl2o.comparison import compare_on, environment
@@ -107,7 +108,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--runs_dir", type=Path, default=Path("outputs/evaluate_rules/inputs"))
     parser.add_argument("--judge_on", nargs="+", default=["teacher@16", "digits-mlp@16"], help="with --rule default")
     parser.add_argument("--judge_steps", type=int, default=200)
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parse_options(parser, argv, known=True)
+    meta_train.parse([*rest, "--rule", options.rule, "--data", options.data, "--output_dir", options.output_dir])
+    if options.rule == "default":
+        check_tasks(options.judge_on, options.data, flag="judge_on")
     rows = []
     for variant in options.variants:
         if is_the_plan(meta_train.PLANS[options.rule], VARIANTS[variant]):
@@ -139,4 +143,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from meta_tasks import arms_of, subspace_task
+from checks import parse_options, run_script
+from meta_tasks import arms_of, check_tasks, subspace_task
 
 from hf_sl2o import LSTMRule, MetaTrainer, MetaTrainingArguments, Rule, RuleConfig, Task
 from hf_sl2o.comparison import compare_on, environment
@@ -100,7 +101,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tasks_dir", type=Path, default=Path("outputs/meta_train/tasks"))
     parser.add_argument("--cache", type=Path, default=Path("outputs/evaluate_rules/default"),
                         help="of runs; the tuned optimizers of evaluate_rules.py are the same")  # fmt: skip
-    options = parser.parse_args(argv)
+    options = parse_options(parser, argv)
+    check_tasks(options.tasks, options.data, plain=True)
+    if options.steps < 10:
+        raise ValueError(f"--steps is {options.steps}, expected at least the 10 steps of a window of meta-training")
     tasks = {name: subspace_task(name, options.data, options.tasks_dir) for name in options.tasks}
     rules = {f"meta-trained on {name}": meta_trained(task, "paper-cnn", options) for name, task in tasks.items()}
     rules["default"] = Rule.from_pretrained(SHIPPED_RULES / "default")
@@ -144,4 +148,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from meta_tasks import subspace_task
+from checks import parse_options, run_script
+from kept_files import keep, kept
+from meta_tasks import check_tasks, subspace_task
 
 from hf_sl2o import LearnedOptimizer, LSTMRule, MetaTrainer, MetaTrainingArguments, RuleConfig, train_on
 from hf_sl2o.comparison import environment, mean_curve
-from hf_sl2o.files import load_json, save_json
+from hf_sl2o.files import save_json
 
 
 def one(task: Any, folder: Path, t: int, n: int, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -27,8 +29,8 @@ def one(task: Any, folder: Path, t: int, n: int, seed: int, options: argparse.Na
     name = f"T{t}-N{n}-seed{seed}"
     path = folder / f"{name}.json"
     key = [task.name, options.meta_epochs, options.test_steps]
-    if path.is_file() and load_json(path)["key"] == key:
-        return load_json(path)  # type: ignore[no-any-return]
+    if (known := kept(path)).get("key") == key:
+        return known
     args = MetaTrainingArguments(
         str(folder / name),
         unroll_length=t,
@@ -46,7 +48,7 @@ def one(task: Any, folder: Path, t: int, n: int, seed: int, options: argparse.Na
     test = train_on(task, lambda c: LearnedOptimizer(c, rule), options.test_steps, seed=100, evaluate_at=points)
     seconds = sum(entry["seconds"] for entry in trainer.log_history if "seconds" in entry)
     result = {"key": key, "T": t, "N": n, "seed": seed, "eval": test["eval"], "meta_seconds": seconds}
-    save_json(path, result)
+    keep(path, result)
     print(f"{name}: final held-out loss {test['eval'][-1][1]:.4f}", flush=True)
     return result
 
@@ -75,6 +77,11 @@ def plot(groups: dict[str, dict[int, list[dict[str, Any]]]], path: Path) -> None
     pyplot.close(figure)
 
 
+def middle_of(options: argparse.Namespace) -> int:
+    """N where T varies."""
+    return 1000 if 1000 in options.inner_steps else int(options.inner_steps[-1])
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
@@ -88,10 +95,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--use_cpu", action="store_true")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study_unroll"))
     parser.add_argument("--tasks_dir", type=Path, default=Path("outputs/meta_train/tasks"))
-    options = parser.parse_args(argv)
+    options = parse_options(parser, argv)
+    check_tasks([options.task], options.data, plain=True, flag="task")
+    for t, n in [*((t, middle_of(options)) for t in options.unroll_lengths), *((10, n) for n in options.inner_steps)]:
+        if n < t:
+            raise ValueError(f"--inner_steps has {n}, expected at least the unroll length {t}, which it is run with")
     task = subspace_task(options.task, options.data, options.tasks_dir)
     seeds = range(options.seeds)
-    middle = 1000 if 1000 in options.inner_steps else options.inner_steps[-1]
+    middle = middle_of(options)
     groups = {
         "T": {
             t: [one(task, options.output_dir, t, middle, s, options) for s in seeds] for t in options.unroll_lengths
@@ -119,4 +130,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

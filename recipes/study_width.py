@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from meta_tasks import learned, lora_task
+from checks import parse_options, run_script
+from meta_tasks import check_tasks, learned, lora_task
 
 from hf_sl2o import Rule
 from hf_sl2o.comparison import Arm, compare_on, environment
@@ -70,7 +71,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/study_width"))
     parser.add_argument("--tasks_dir", type=Path, default=Path("outputs/meta_train/tasks"))
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args(argv)
+    options = parse_options(parser, argv)
+    check_tasks([TASKS[width] for width in options.widths], options.data, plain=True, lora=True)
     shipped = Rule.from_pretrained(SHIPPED_RULES / "default-lora")
     rule = without_width(shipped)
     tasks: dict[int, Any] = {}
@@ -100,4 +102,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -21,12 +21,13 @@ from typing import Any, ClassVar
 import torch
 from accelerate import PartialState
 from arms import Arm, digest, grid, stamp
+from checks import load_named, run_script
 from cifar_data import batches, load_cifar, normalize
 from cifar_pipeline import TRAINER_DEFAULTS, CifarArguments, CifarPipeline
 from command_line import run_recipe
+from kept_files import tensors_once
 from meta_tasks import train_full
 from problems import Problem
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -38,7 +39,6 @@ from transformers import (
 )
 
 from hf_sl2o import RuleConfig, SL2OTrainingArguments
-from hf_sl2o.files import save_tensors
 
 HUB = {"deit-base": "facebook/deit-base-distilled-patch16-224", "vit-base": "google/vit-base-patch16-224-in21k"}
 SIZES = {"small": (64, 4, 4), "deit-tiny": (192, 12, 3)}  # width, layers, heads; 4 x 4 patches of 32 x 32 pixels
@@ -129,7 +129,7 @@ class Recipe(CifarPipeline):
 
     def from_hub(self, recipe: RecipeArguments) -> Any:
         name = HUB.get(recipe.model, recipe.model)
-        config = AutoConfig.from_pretrained(name)
+        config = load_named("model", name, lambda: AutoConfig.from_pretrained(name))
         if config.num_labels != recipe.num_classes and PartialState().is_main_process:
             frozen = self.lora and not self.trains_head(recipe, config)
             print(
@@ -137,16 +137,16 @@ class Recipe(CifarPipeline):
                 f"drawn anew{' and stays as drawn (--train_head true trains it)' if frozen else ''}",
                 flush=True,
             )
-        return AutoModelForImageClassification.from_pretrained(
-            name, num_labels=recipe.num_classes, ignore_mismatched_sizes=True
-        )
+        options = {"num_labels": recipe.num_classes, "ignore_mismatched_sizes": True}
+        return load_named("model", name, lambda: AutoModelForImageClassification.from_pretrained(name, **options))
 
     def preparation(self, recipe: RecipeArguments, model: Any) -> Any:
         """Maps uint8 images of 32 x 32 to what the model takes: its size, its mean and standard deviation."""
         size = model.config.image_size
         if recipe.model in SIZES:
             return normalize
-        processor = AutoImageProcessor.from_pretrained(HUB.get(recipe.model, recipe.model))
+        name = HUB.get(recipe.model, recipe.model)
+        processor = load_named("model", name, lambda: AutoImageProcessor.from_pretrained(name))
         mean, std = (torch.tensor(value).view(3, 1, 1) for value in (processor.image_mean, processor.image_std))
 
         def prepare(images: torch.Tensor) -> torch.Tensor:
@@ -160,8 +160,8 @@ class Recipe(CifarPipeline):
         images, labels = load_cifar(recipe.data, "train", None, classes, num_classes=recipe.num_classes)
         key = stamp(recipe.model, digest(images, labels), recipe.num_classes, recipe.base_steps, args.seed)
         path, state = self.folder / f"base-{key}.safetensors", PartialState()
-        if state.is_main_process and not path.is_file():
 
+        def make() -> dict[str, torch.Tensor]:
             def loss(network: nn.Module, batch: Any) -> torch.Tensor:
                 pixels, target = (part.to(args.device) for part in batch)
                 return F.cross_entropy(network(pixel_values=pixels).logits, target)
@@ -171,9 +171,12 @@ class Recipe(CifarPipeline):
                 recipe.base_steps,
             )  # fmt: skip
             train_full(problem, "base", model.to(args.device), "base", lambda step: None)
-            save_tensors(path, {name: tensor.contiguous() for name, tensor in model.cpu().state_dict().items()})
+            return {name: tensor.contiguous() for name, tensor in model.cpu().state_dict().items()}
+
+        if state.is_main_process:
+            tensors_once(path, make)
         state.wait_for_everyone()
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(tensors_once(path, make))
 
     def is_deit(self, config: Any) -> bool:
         return str(config.model_type) == "deit"
@@ -236,4 +239,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    main()
+    run_script(main)

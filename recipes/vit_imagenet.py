@@ -16,7 +16,6 @@ import io
 import itertools
 import logging
 import random
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,9 +23,11 @@ from typing import Any, ClassVar
 
 import torch
 from arms import Arm, PipelineArguments, grid, stamp
+from checks import load_named, run_script
+from cifar_data import first_line
 from cifar_pipeline import TRAINER_DEFAULTS, Epoch, accuracy, rule_arms
 from command_line import run_recipe
-from PIL import Image
+from PIL import Image, ImageOps
 from pipeline import Pipeline
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -59,8 +60,8 @@ class RecipeArguments(PipelineArguments):
 
     known_arms: ClassVar[Mapping[str, Arm]] = ARMS
 
-    def arm_names(self) -> set[str]:
-        return {*super().arm_names(), *rule_arms(self.rules)}
+    def given_rules(self) -> Mapping[str, Path]:
+        return rule_arms(self.rules)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,11 +113,18 @@ class Pictures(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        image = row["image"]
-        if isinstance(image, dict):
-            image = Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"]))
         chance = None if self.seed is None else random.Random(f"{self.seed}-{self.epoch}-{index}")
-        return {"pixel_values": pixels(image, self.size, chance), "labels": row["label"]}
+        image = row["image"]
+        try:
+            if isinstance(image, dict):
+                with Image.open(image["path"] if image["bytes"] is None else io.BytesIO(image["bytes"])) as opened:
+                    values = pixels(ImageOps.exif_transpose(opened), self.size, chance)
+            else:
+                values = pixels(image, self.size, chance)
+        except Exception as error:  # Pillow raises much on damaged files
+            where = (image.get("path") if isinstance(image, dict) else None) or f"the image of row {index}"
+            raise ValueError(f"{where} cannot be read ({first_line(error)}); restore or remove the file") from error
+        return {"pixel_values": values, "labels": row["label"]}
 
 
 def listing(folder: str) -> str:
@@ -133,6 +141,7 @@ def image_folder(folder: str) -> dict[str, Any]:
     Raises:
         `FileNotFoundError`, `ValueError`: no such folder, a split without classes or images, or with other classes.
     """
+    import datasets
     from datasets import load_dataset
 
     classes: list[str] | None = None
@@ -152,9 +161,16 @@ def image_folder(folder: str) -> dict[str, Any]:
             other = min(set(found) ^ set(classes))
             raise ValueError(f"only one of train and {split} has the class {other!r}; give both the same ones")
         classes = found
-        if not any(path.is_file() for path in where.rglob("*")):
-            raise ValueError(f"{where} holds no images; expected some in each of its {len(found)} classes")
-    return dict(load_dataset("imagefolder", data_dir=folder))
+        endings = Image.registered_extensions()
+        for name in found:
+            images = [path for path in (where / name).rglob("*") if path.suffix.lower() in endings]
+            if not images:
+                raise ValueError(f"{where} holds no images of the class {name!r}; expected some in each class")
+            if empty := [path for path in images if not path.stat().st_size]:
+                raise ValueError(f"{empty[0]} is empty; restore or remove the file")
+    splits = load_named("data", folder, lambda: load_dataset("imagefolder", data_dir=folder))
+    # Files are opened where they are needed: what is wrong with one is then said with its name.
+    return {name: split.cast_column("image", datasets.Image(decode=False)) for name, split in splits.items()}
 
 
 class Recipe(Pipeline):
@@ -167,10 +183,11 @@ class Recipe(Pipeline):
         if recipe.data == "hub":
             import datasets
 
-            stream = datasets.load_dataset("ILSVRC/imagenet-1k", split="train", streaming=True)
+            name = "ILSVRC/imagenet-1k"
+            stream = load_named("data", "hub", lambda: datasets.load_dataset(name, split="train", streaming=True))
             stream = stream.shuffle(seed=args.seed, buffer_size=recipe.shuffle_buffer)
             classes = stream.features["label"].num_classes
-            held = datasets.load_dataset("ILSVRC/imagenet-1k", split="validation", streaming=True)
+            held = load_named("data", "hub", lambda: datasets.load_dataset(name, split="validation", streaming=True))
             files = held.cast_column("image", datasets.Image(decode=False)).take(recipe.eval_rows)  # kept as they are
             self.train_set: Any = self.transformed(stream)
             self.validation_set = Pictures(list(files), self.size, None)
@@ -291,4 +308,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
-    main(sys.argv[1:])
+    run_script(main)

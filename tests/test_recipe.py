@@ -4,6 +4,7 @@ import copy
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from hf_sl2o import Rule, SL2OTrainingArguments
+from hf_sl2o import Basis, Rule, SL2OTrainingArguments
 from hf_sl2o.comparison import mean_steps_to, steps_to, table
 from hf_sl2o.files import load_json
 from recipes import gpt2_e2e
@@ -101,6 +102,40 @@ def test_a_second_start_runs_nothing_again(finished, monkeypatch, capsys):
     assert "[meta] done before, same settings" in capsys.readouterr().out
     with pytest.raises(AssertionError, match="trained again"):
         recipe(folder, "--seeds", "2", "--inner_steps", "10")
+
+
+@pytest.mark.parametrize("gone", ["basis", "rule", "snapshot and basis", "trajectory and basis", "run.json", "stage"])
+def test_what_somebody_deleted_is_made_anew(finished, tmp_path, capsys, gone):
+    folder, result = finished
+    out = shutil.copytree(folder, tmp_path / "out")
+    (trajectory,) = (out / "adamw" / "runs").glob("*/trajectory")
+    if "basis" in gone:
+        shutil.rmtree(out / "basis")
+    if gone == "rule":
+        (next((out / "rule").iterdir()) / "model.safetensors").unlink()
+    if "snapshot" in gone:
+        next(trajectory.glob("snapshot-*8.safetensors")).unlink()
+    if "trajectory" in gone:
+        shutil.rmtree(trajectory)
+    if gone == "run.json":
+        (trajectory.parent / "run.json").write_text("[]")
+    if gone == "stage":
+        (out / "stages" / "extract.json").write_text("{")
+    assert timeless(recipe(out, "--seeds", "2")) == timeless(result)
+    assert "made anew" in capsys.readouterr().out
+
+
+def test_another_basis_in_the_place_of_the_fitted_one_is_refused(finished, tmp_path):
+    folder, _ = finished
+    out = shutil.copytree(folder, tmp_path / "out")
+    basis = Basis.from_pretrained(out / "basis")
+    sizes = {path.name: path.stat().st_size for path in (out / "basis").iterdir()}
+    for part in basis._matrices:
+        part.neg_()
+    basis.save_pretrained(out / "basis")
+    assert {path.name: path.stat().st_size for path in (out / "basis").iterdir()} == sizes
+    with pytest.raises(ValueError, match="basis holds another basis than the one that was fitted there"):
+        recipe(out, "--seeds", "2")
 
 
 def test_killed_anywhere_it_goes_on_to_the_same_result(finished, tmp_path, monkeypatch):

@@ -217,8 +217,8 @@ def test_p_bfgs_minimises_a_quadratic_as_scipy_does():
         (["--rules", "nothing-there"], "nothing-there"),
         (["--rules", "default", "default=elsewhere"], "two rules the arm 'sl2o_default'"),
         (["--dim", "13"], "--dim is 13, expected between 1 and the 12 snapshots"),
-        (["--snapshots", "0"], "expected between 1 and the 0 snapshots"),
-        (["--validation_rows", "0"], "the split is empty"),
+        (["--snapshots", "0"], "--snapshots is 0, expected a whole number of at least 2"),
+        (["--validation_rows", "0"], "--validation_rows is 0, expected a whole number of at least 1"),
         (["--rules", "other=somewhere", "--arms", "sl2o_another"], r"'sl2o_another', expected any of .*'sl2o_other'"),
     ],
 )
