@@ -15,6 +15,7 @@ from recipes.levels import paid_for_rules
 BLOCKS = {
     "e2e": ROOT / "recipes" / "results" / "gpt2_e2e.json",
     "step-cost": ROOT / "benchmarks" / "results" / "step_cost.json",
+    "average-cost": ROOT / "benchmarks" / "results" / "average_cost.json",
     "rule-default": ROOT / "recipes" / "results" / "rule_default.json",
     "rule-default-lora": ROOT / "recipes" / "results" / "rule_default_lora.json",
     "meta-cost": ROOT / "benchmarks" / "results" / "meta_training.json",
@@ -212,6 +213,7 @@ MAKE = {
     "gpu": gpu,
     "e2e": e2e,
     "step-cost": step_cost,
+    "average-cost": step_cost,
     "rule-default": rule,
     "rule-default-lora": rule,
     "meta-cost": meta_cost,

@@ -37,6 +37,16 @@ def test_step_cost(tmp_path):
     assert step["baseline"] == rows["adamw_fused_step"]["value"] and rows["project_bandwidth"]["value"] > 0
 
 
+def test_average_cost(tmp_path):
+    out = benchmark("benchmarks/average_cost.py", "--quick", "--json", str(tmp_path / "x.json"))
+    assert out.returncode == 0, out.stderr[-2000:]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "x.json").read_text())["rows"]}
+    for kind in ("lora", "basis"):
+        plain, averaged = rows[f"{kind}_step"], rows[f"{kind}_step_averaged"]
+        assert averaged["ratio"] == pytest.approx(averaged["value"] / plain["value"])
+        assert rows[f"{kind}_ratio_of_pairs"]["value"] > 0 and averaged["n"] > 1000
+
+
 def test_vision_overhead(tmp_path):
     out = benchmark("benchmarks/vision_overhead.py", "--quick", "--json", str(tmp_path / "x.json"))
     assert out.returncode == 0, out.stderr[-2000:]
