@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .step_size import OPTIMIZERS, check_range, step_size
+from .checked import check_integer
+from .step_size import OPTIMIZERS, OwnStepSize, check_range
 
 logger = logging.getLogger(__name__)
 
@@ -19,8 +20,8 @@ class SL2OTrainingArguments(TrainingArguments):
     """Arguments of [`SL2OTrainer`]; everything of `TrainingArguments` holds as well.
 
     Defaults that differ from `TrainingArguments`, and why: `optim` is `"sl2o"`; `learning_rate` is the optimizer's own
-    (1.0 for sl2o and subspace_sgd, 0.3 for subspace_adamw; a rate below a twentieth of it, which is one for Adam, is
-    replaced by it with a warning); `max_grad_norm` is 0.0, since the official code does not
+    (1.0 for sl2o and subspace_sgd, 0.3 for subspace_adamw; where the optimizer is made a rate below a twentieth of it,
+    which is one for Adam, is replaced by it with a warning); `max_grad_norm` is 0.0, since the official code does not
     clip (if set, it clips the projected gradient). `lr_scheduler_type` stays `"linear"`: the rules `default` and
     `default-lora` were meta-trained under it; for `paper-cnn` and `paper-transformer` pass `"constant"`.
 
@@ -75,25 +76,26 @@ class SL2OTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         name = str(getattr(self.optim, "value", self.optim))
         ours = name in OPTIMIZERS
-        if ours and self.learning_rate is None:
-            logger.warning('learning_rate is not set: optim="%s" takes its own, %g', name, OPTIMIZERS[name])
-        check_range("sl2o_momentum", self.sl2o_momentum, 0, 1, expected="a number in [0, 1)")
-        if ours:
-            self.learning_rate = step_size(name, self.learning_rate, momentum=self.sl2o_momentum)
-            check_range("weight_decay", self.weight_decay, 0, expected="a finite number >= 0")
-            if self.max_grad_norm is not None:
-                check_range("max_grad_norm", self.max_grad_norm, 0, expected="a finite number >= 0 (0: no clipping)")
-        elif self.learning_rate is None:
-            self.learning_rate = _TRAINER_LEARNING_RATE
+        not_negative = "a finite number >= 0"
+        if self.learning_rate is None or isinstance(self.learning_rate, OwnStepSize):
+            self.learning_rate = OwnStepSize.of(OPTIMIZERS.get(name, _TRAINER_LEARNING_RATE))
+        else:
+            self.learning_rate = check_range("learning_rate", self.learning_rate, 0, expected=not_negative)
+        self.sl2o_momentum = check_range("sl2o_momentum", self.sl2o_momentum, 0, 1, expected="a number in [0, 1)")
+        self.weight_decay = check_range("weight_decay", self.weight_decay, 0, expected=not_negative)
+        if self.max_grad_norm is not None:
+            clip = f"{not_negative} (0: no clipping)"
+            self.max_grad_norm = check_range("max_grad_norm", self.max_grad_norm, 0, expected=clip)
         super().__post_init__()
         if self.sl2o_units not in (None, "std", "orthonormal"):
             raise ValueError(f'sl2o_units is {self.sl2o_units!r}, expected "std" or "orthonormal"')
         if self.sl2o_average is not None:
             expected = "a finite number > 0, 0 for no average, or None for the rule's"
-            check_range("sl2o_average", self.sl2o_average, 0, expected=expected)
+            self.sl2o_average = check_range("sl2o_average", self.sl2o_average, 0, expected=expected)
         if self.sl2o_outside not in ("freeze", "adamw"):
             raise ValueError(f'sl2o_outside is {self.sl2o_outside!r}, expected "freeze" or "adamw"')
-        check_range("sl2o_warmup_steps", self.sl2o_warmup_steps, 0, expected="a number of steps, or 0 for none")
+        for name_of in ("sl2o_warmup_steps", "sl2o_snapshots", "sl2o_dim"):
+            check_integer(name_of, getattr(self, name_of))
         if self.sl2o_warmup_steps:
             self._check_warmup(name, ours)
 
@@ -105,9 +107,11 @@ class SL2OTrainingArguments(TrainingArguments):
             )
         if self.sl2o_basis is not None:
             raise ValueError("sl2o_warmup_steps fits a basis and sl2o_basis names one; set one of the two")
-        check_range(
-            "sl2o_warmup_learning_rate", self.sl2o_warmup_learning_rate, 5e-324, expected="a finite number > 0"
+        lowest = 5e-324  # above 0
+        rate = check_range(
+            "sl2o_warmup_learning_rate", self.sl2o_warmup_learning_rate, lowest, expected="a finite number > 0"
         )
+        self.sl2o_warmup_learning_rate = rate
         if not 1 <= self.sl2o_dim < self.sl2o_snapshots <= self.sl2o_warmup_steps + 1:
             raise ValueError(
                 f"sl2o_dim {self.sl2o_dim} must be at least 1 and below sl2o_snapshots {self.sl2o_snapshots}, and "

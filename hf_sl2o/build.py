@@ -108,7 +108,7 @@ def build_optimizer(
         raise ValueError(f"optim is {optim!r}, expected one of {sorted(OPTIMIZERS)}")
     model = params if isinstance(params, nn.Module) else None
     named = list(params.named_parameters() if isinstance(params, nn.Module) else params)
-    check_range("momentum", momentum, 0, 1, expected="a number in [0, 1)")
+    momentum = check_range("momentum", momentum, 0, 1, expected="a number in [0, 1)")
     refuse_useless(
         optim, with_basis=basis is not None, rule=rule, momentum=momentum, units=units, outside=outside,
         max_grad_norm=max_grad_norm, weight_decay=weight_decay,

@@ -70,13 +70,11 @@ def _handler(context: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str
             except ValueError:
                 raise ValueError(f"optim_args has {key}={given[key]!r}, expected a number") from None
     if "lr" not in options:
-        own_class = isinstance(args, SL2OTrainingArguments)  # whose default is the optimizer's own
-        options["lr"] = args.learning_rate if own_class else given_learning_rate(args)
+        options["lr"] = given_learning_rate(args)
         if options["lr"] is None:
             logger.warning(
-                'learning_rate is not set (or the default of %s, %g): optim="%s" takes its own step size, %g',
+                'learning_rate is not set (or the default of %s): optim="%s" takes its own step size, %g',
                 type(args).__name__,
-                args.learning_rate,
                 options["optim"],
                 OPTIMIZERS[options["optim"]],
             )
@@ -84,6 +82,7 @@ def _handler(context: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str
         options["total_steps"] = args.max_steps
     if options["optim"] == "subspace_adamw":
         options["betas"], options["eps"] = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
+    check_range("adam_epsilon", args.adam_epsilon, 0, expected="a finite number >= 0")
     if args.max_grad_norm is not None:
         check_range("max_grad_norm", args.max_grad_norm, 0, expected="a finite number >= 0 (0: no clipping)")
         if options.get("basis") is not None:
@@ -124,6 +123,8 @@ def _prepare_for_training(self: trainer.Trainer, max_steps: int, *args: Any, **k
             if "rule_fingerprint" in group:
                 group["total_steps"] = done + max(max_steps - self.state.global_step, 0)
         model: Any = self.model
+        if isinstance(optimizer, SubspaceOptimizer):
+            optimizer.notice()  # what was done to the weights since an earlier run of this Trainer
         optimizer.attach(model)
         _say_what_changes_the_result(self, model, optimizer)
     return prepared
@@ -161,11 +162,18 @@ def _say_what_changes_the_result(self: trainer.Trainer, model: nn.Module, optimi
 
 
 def _run_epoch(self: trainer.Trainer, *args: Any, **kwargs: Any) -> Any:
-    ours = isinstance(unwrap_optimizer(self.optimizer), SubspaceOptimizer | LearnedOptimizer)
-    if ours and self.state.global_step >= self.state.max_steps:  # a finished run that was resumed
+    optimizer = unwrap_optimizer(self.optimizer)
+    if not isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer):
+        return _theirs["_run_epoch"](self, *args, **kwargs)
+    if self.state.global_step >= self.state.max_steps:  # a finished run that was resumed
         self.control.should_training_stop = True
         return None
-    return _theirs["_run_epoch"](self, *args, **kwargs)
+    optimizer.listens = True
+    try:
+        return _theirs["_run_epoch"](self, *args, **kwargs)
+    finally:
+        optimizer.publish()
+        optimizer.listens = False  # to forward passes of another Trainer
 
 
 def _clip_grad_norm(self: trainer.Trainer, model: nn.Module) -> Any:

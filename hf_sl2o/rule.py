@@ -16,7 +16,8 @@ far.
 A network's output at inputs of zero is not zero. So that a coordinate without a history of gradient stays where it is,
 and rounding is not amplified, every rule's delta is multiplied by v^ / (v^ + eps^2 + (1e-6 s)^2): 0 where there never
 was a gradient, next to 0 where it is below eps or a millionth of its tensor's scale s, and 1 to fp32's last digits
-elsewhere.
+elsewhere. And by the larger of |m~| and |g~| over 0.03 where that is below 1: a row of an embedding that was seen once
+comes to rest as its momentum fades, instead of walking on until v has forgotten.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ R = TypeVar("R", bound="Rule")
 
 # A gradient of this share of its tensor's scale is taken for rounding.
 _ROUNDING = 1e-6
+# Where neither m~ nor g~ reaches this, the gradients have ceased.
+_CEASED = 0.03
 # Coordinates of one call of a rule in `update_`.
 _CHUNK = {"cpu": 1 << 13, "cuda": 1 << 20}
 
@@ -176,11 +179,12 @@ class Rule(nn.Module, HubFiles):
             v = torch.lerp(g * g, state.exp_avg_sq, beta2)  # (N,)
             exponent = step + config.bias_correction_offset
             v_hat = v / (1 - beta2**exponent)
+            m = torch.lerp(g, state.exp_avg, beta1)  # (N,)
+            inverse = 1 / (v_hat.sqrt() + eps)
+            m_hat = m / (1 - beta1**exponent)
+            columns = [m_hat * inverse, g * inverse]
+            recent = torch.maximum(columns[0].abs(), columns[1].abs())  # (N,)
             if config.inputs == "normalized":
-                m = torch.lerp(g, state.exp_avg, beta1)  # (N,)
-                inverse = 1 / (v_hat.sqrt() + eps)
-                m_hat = m / (1 - beta1**exponent)
-                columns = [m_hat * inverse, g * inverse]
                 if config.momenta:
                     further = [
                         torch.lerp(g, old, beta) for old, beta in zip(momenta.unbind(-1), config.momenta, strict=True)
@@ -194,7 +198,6 @@ class Rule(nn.Module, HubFiles):
                     columns += [m_hat / scale, g / scale]
                 inputs = torch.stack(columns, dim=-1)  # (N, 2 + k), or (N, 4 + k)
             else:
-                m = state.exp_avg
                 inputs = g.unsqueeze(-1)  # (N, 1)
             if config.log_sign is not None:
                 inputs = log_and_sign(inputs, config.log_sign)
@@ -211,6 +214,7 @@ class Rule(nn.Module, HubFiles):
             output, hidden, cell = self._output(inputs, state.hidden, cell)
             rounding = eps**2 + (_ROUNDING * of_tensor[:, 0].detach()).square()  # (N,) or (1,)
             history = v_hat / (v_hat + rounding).clamp_min(torch.finfo(v_hat.dtype).tiny)  # (N,)
+            history = history * (recent / _CEASED).clamp_max(1.0)
         return config.output_scale * history * output, RuleState(step, m, v, hidden, cell, momenta)
 
     @torch.no_grad()

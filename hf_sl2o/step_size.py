@@ -19,6 +19,23 @@ OPTIMIZERS = {"sl2o": 1.0, "subspace_adamw": 0.3, "subspace_sgd": 1.0}
 SMALLEST_SHARE = 1 / 20
 
 
+class OwnStepSize(float):
+    """A learning rate that nobody has set: it follows the optimizer, also where that is replaced by another one.
+
+    Made by `of`. A search casts what it tries to the type of what was there before: that is set, and a plain number.
+    """
+
+    def __new__(cls, value: Any) -> Any:
+        return float(value)
+
+    @classmethod
+    def of(cls, value: float) -> OwnStepSize:
+        return float.__new__(cls, value)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return OwnStepSize.of, (float(self),)
+
+
 def step_size(optim: str, lr: float | None, *, momentum: float = 0.0) -> float:
     """Returns the step size that a learning rate means: itself, or the optimizer's own with a warning.
 
@@ -63,17 +80,24 @@ def step_size(optim: str, lr: float | None, *, momentum: float = 0.0) -> float:
 
 def given_learning_rate(args: TrainingArguments) -> float | None:
     """Returns `args.learning_rate`, or None where it is the default of its class: then its user has set none."""
+    if isinstance(args.learning_rate, OwnStepSize):
+        return None
     for field in dataclasses.fields(args):
         if field.name == "learning_rate" and field.default is not None and args.learning_rate == field.default:
             return None
     return args.learning_rate
 
 
-def check_range(name: str, value: Any, low: float, high: float = math.inf, *, expected: str) -> None:
-    """Raises `ValueError` unless `value` is a number in [low, high), so neither NaN nor infinite."""
+def check_range(name: str, value: Any, low: float, high: float = math.inf, *, expected: str) -> float:
+    """Returns `value` (a number, or one as text) if it is in [low, high), so neither NaN nor infinite.
+
+    Raises:
+        `ValueError`: it is not.
+    """
     try:
-        fits = low <= float(value) < high and math.isfinite(float(value))
+        number = float(value)
     except (TypeError, ValueError):
-        fits = False
-    if not fits:
+        number = math.nan
+    if not (low <= number < high and math.isfinite(number)):
         raise ValueError(f"{name} is {value!r}, expected {expected}")
+    return number

@@ -21,7 +21,7 @@ from .optim import LearnedOptimizer, SubspaceOptimizer
 from .ranks import basis_facts, check_same_on_all_ranks, patience, rule_facts, training_facts
 from .resume import last_complete_checkpoint, steps_done
 from .rule import Rule
-from .step_size import OPTIMIZERS
+from .step_size import OPTIMIZERS, OwnStepSize
 from .subspace import Basis, Trajectory, fit_basis
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,8 @@ class SL2OTrainer(Trainer):
     ) -> tuple[Any, Any]:
         factory, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
         if args.optim not in OPTIMIZERS:  # the warm-up, or a full-space run
+            if isinstance(args.learning_rate, OwnStepSize):  # of one of ours, which was replaced since
+                options["lr"] = TrainingArguments.learning_rate
             return factory, options
         if self.rule is not None:
             options["rule"] = self.rule

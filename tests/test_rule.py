@@ -39,7 +39,9 @@ def numpy_rule(rule, gradients, quirks=False):
         cell = sigmoid(f) * cell + sigmoid(i) * np.tanh(a)
         hidden = sigmoid(o) * np.tanh(cell)
         v_hat = v / (1 - 0.99**e)
-        history = v_hat / (v_hat + 1e-16 + 1e-12 * v_hat.mean())  # ours: no gradient, no movement
+        # ours: no gradient, no movement, and none when it has ceased
+        history = v_hat / (v_hat + 1e-16 + 1e-12 * v_hat.mean())
+        history *= np.minimum(np.maximum(np.abs(m / (1 - 0.9**e)), np.abs(g)) / root / 0.03, 1)
         deltas.append(config.output_scale * history * np.tanh(hidden @ w["head.weight"][0]))
     return np.stack(deltas)
 

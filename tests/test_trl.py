@@ -1,4 +1,4 @@
-"""TRL's trainers with `optim="sl2o"` and nothing else said train: their argument classes bring rates for Adam along."""
+"""TRL's trainers with `optim="sl2o"` and nothing else said train: their arguments bring rates for Adam along."""
 
 import pytest
 import torch

@@ -49,6 +49,12 @@ def check_group(group: Mapping[str, Any]) -> None:
         for eps in group["eps"] if isinstance(group["eps"], tuple | list) else (group["eps"],):
             if eps is not None:
                 check_number("eps", eps)
+    if group.get("total_steps") is not None:
+        check_number("total_steps", group["total_steps"], above_zero=True)
+    for name, value in group.items():
+        numbers = value if isinstance(value, tuple | list) else (value,)
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ValueError(f"{name} is {value}, expected finite numbers")
     if (betas := group.get("betas")) is not None and not all(0 <= float(beta) < 1 for beta in betas):
         raise ValueError(f"betas are {tuple(betas)}, expected numbers in [0, 1)")
 

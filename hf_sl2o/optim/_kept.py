@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -10,11 +11,14 @@ from torch.optim import Optimizer
 from ..subspace import Basis
 from ._common import GuardedStep, NonFiniteGuard
 from ._state import check_entry, check_same, check_state, load_keeping_dtypes, warn_of_another_rate
+from ._two_points import TwoPoints
 from ._weights import Weights
 from .learned import LearnedOptimizer
 
+logger = logging.getLogger(__name__)
 
-class KeepsCoefficients(Optimizer):
+
+class KeepsCoefficients(TwoPoints):
     """The part of [`SubspaceOptimizer`] that is saved, loaded, copied and moved."""
 
     basis: Basis
@@ -26,7 +30,6 @@ class KeepsCoefficients(Optimizer):
     _mean: torch.Tensor | None  # (d,) the running average of c
     _origin: torch.Tensor | None  # (d,) coordinates of theta_0
     _at_average: bool  # where the weights are
-    _attached: bool
     _fresh: bool
 
     _OWN = (
@@ -40,9 +43,7 @@ class KeepsCoefficients(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         followers = state.pop("_followers", None)
-        attached = self.__dict__.get("_attached", False)
         super().__setstate__(state)
-        self._attached = attached
         self._reset()
         self._weights.followers = followers
 
@@ -136,6 +137,77 @@ class KeepsCoefficients(Optimizer):
         if first:
             self._publish_state()
         self._share_outside()
+
+    # Weights that somebody else has set
+
+    @torch.no_grad()
+    def load_coefficients(self, coefficients: torch.Tensor, *, move_weights: bool = True) -> None:
+        """Sets c; with `move_weights` the weights follow, else they are taken to be at `coefficients` already.
+
+        Raises:
+            `ValueError`: another shape than `(d,)`, NaN or Inf.
+        """
+        if coefficients.shape != self._c.shape:
+            raise ValueError(f"got coefficients of shape {tuple(coefficients.shape)}, expected {tuple(self._c.shape)}")
+        if not bool(torch.isfinite(coefficients).all()):
+            raise ValueError("the coefficients hold NaN or Inf; restore them from where they came from")
+        self._follow()
+        coefficients = coefficients.to(self._c)
+        if move_weights:
+            here = self._mean if self._at_average and self._mean is not None else self._c.detach()
+            self._weights.move(coefficients - here)
+        else:
+            self._origin = None  # measured at the next step
+        self._begin_at(coefficients)
+
+    def _begin_at(self, coefficients: torch.Tensor) -> None:
+        """Both points are at the weights as they are, which are at `coefficients`."""
+        self._fresh = False
+        self._weights.begin_anew()
+        self._c.detach().copy_(coefficients)
+        self._at_average = False
+        if self._mean is not None:
+            self._mean = coefficients.clone()
+
+    def notice(self) -> None:
+        """Where somebody replaced or changed the weights since the last step, both points begin anew at them.
+
+        A step, and whoever asks for `coefficients`, notices by itself; on a GPU a change through `.data` is only
+        noticed here and there (it is in the weights all the same).
+        """
+        self._follow()
+        self._notice(read_device=True)
+
+    @torch.no_grad()
+    def _notice(self, *, read_device: bool) -> None:
+        changed = self._weights.changed()
+        if not changed and read_device and (same := self._weights.as_written()) is not None:
+            changed = not bool(same)
+        if not changed:
+            return
+        if self._mean is not None and not self._told_changed:
+            self._told_changed = True
+            logger.warning(
+                "the weights were changed after a step: training, and its running average, begin anew at them"
+            )
+        self._begin_at(self._measured())
+
+    def _measured(self) -> torch.Tensor:
+        """c of the weights as they are, (d,)."""
+        if self._origin is None:
+            return self._mean if self._at_average and self._mean is not None else self._c.detach()
+        return self.basis.coordinates(self.param_groups[0]["params"]) - self._origin
+
+    @torch.no_grad()
+    def measure(self) -> torch.Tensor:
+        """Sets c to that of the weights as they are, such as those of a checkpoint that were loaded into the model.
+
+        Returns:
+            c of shape `(d,)`, to rounding; where the weights are outside the subspace, that of the nearest point.
+        """
+        self._follow()
+        self._begin_at(self._measured())
+        return self._c.detach().clone()
 
 
 def check_entry_of(optimizer: Any, state_dict: dict[str, Any]) -> None:

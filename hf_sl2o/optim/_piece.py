@@ -11,6 +11,9 @@ import torch
 from ..rule import RuleState
 from ._common import real, trains
 
+# The share of a weight by which it may differ after a detour, as of sharpness-aware minimisation.
+_CAME_BACK = 2**-14
+
 
 class Piece:
     """The concatenation of what is kept of some parameters; each one's own state is made a view of it.
@@ -83,7 +86,7 @@ class Piece:
         if self.last is None:
             return self.average
         now = self.weights()
-        return torch.where(now != self.last, now, self.average)
+        return torch.where(_differ(now, self.last), now, self.average)
 
     def take_changes(self) -> None:
         """Before a step: what was changed in the weights since they were written is taken over into the average."""
@@ -111,7 +114,7 @@ class Piece:
         """What was changed in the weights while they were at the average is taken over into both points."""
         assert self.average is not None
         now = self.weights()
-        changed = now != self._as_written(self.average)
+        changed = _differ(now, self._as_written(self.average))
         if self.last is None:
             self.last = now.clone()
         for view, p in zip(self.views(changed), self.params, strict=True):
@@ -122,3 +125,8 @@ class Piece:
         for p in self.params:
             states[p].pop("last", None)
         self.write(self.last)
+
+
+def _differ(now: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
+    """Where weights are others than were written, (N,) bool; those that were moved and came back are the same."""
+    return ~((now - written).abs() <= _CAME_BACK * written.abs())

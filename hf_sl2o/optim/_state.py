@@ -54,8 +54,9 @@ def check_state(optimizer: Optimizer, state_dict: Any, fingerprint: str) -> None
             "with the model and the trainable parameters of that run"
         )
     indices = [index for group in groups for index in group["params"]]
-    if not all(isinstance(index, int) for index in indices) or len(set(indices)) < len(indices):
-        raise ValueError("the optimizer state is damaged: its parameters are not numbered; restore the checkpoint")
+    # numbers, or names, which torch.distributed.checkpoint puts in their place
+    if not all(isinstance(index, int | str) for index in indices) or len(set(indices)) < len(indices):
+        raise ValueError("the optimizer state is damaged: its parameters are not told apart; restore the checkpoint")
     for index, entry in state.items():
         if index not in indices or not isinstance(entry, dict):
             raise ValueError(f"the optimizer state is damaged: it has an entry {index!r} of no parameter; restore it")

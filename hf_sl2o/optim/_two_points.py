@@ -9,25 +9,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 HINT = (
     "the weights are at their running average, and so is this gradient; call use_last() before the forward pass (or "
     "train(), its other name), or give the optimizer the model itself, which does it"
 )
-
-
-class TwoPoints(Protocol):
-    """What the hooks need of an optimizer."""
-
-    def use_last(self) -> None: ...
-
-    def published(self) -> dict[int, torch.Tensor]:
-        """The published weights by `id` of their parameter, where the weights are not there themselves."""
-        ...
 
 
 def parameters_of(params: Any) -> tuple[Any, nn.Module | None]:
@@ -48,15 +39,36 @@ class _Hook:
         return type(self), ()
 
 
-class _ToTheLast(_Hook):
-    """Before a forward pass for training."""
+class _BeforeForward(_Hook):
+    """Takes the weights to the last step before a forward pass for training, and to the average before another one."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        # In a compiled forward nothing may move under the compiler's eyes; a Trainer has called train() before.
-        if torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling():
+            self._outside_the_graph(module)  # nothing may move under the compiler's eyes
+        else:
+            self._go(module)
+
+    @torch.compiler.disable
+    def _outside_the_graph(self, module: nn.Module) -> None:
+        self._go(module)
+
+    def _go(self, module: nn.Module) -> None:
+        optimizer = self._of()
+        if optimizer is None or not optimizer.listens:
             return
-        if (optimizer := self._of()) is not None:
+        if not module.training:
+            optimizer.use_average() if torch.is_grad_enabled() else optimizer.show_average()
+        elif torch.is_grad_enabled():
             optimizer.use_last()
+
+
+class _AfterForward(_Hook):
+    """Ends what [`_BeforeForward`] began for a forward pass in evaluation mode."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        optimizer = None if torch.compiler.is_compiling() else self._of()
+        if optimizer is not None:
+            optimizer.end_show()
 
 
 class _Published(_Hook):
@@ -71,13 +83,88 @@ class _Published(_Hook):
                     state_dict[prefix + name] = published[id(parameter)]
 
 
-def attach(optimizer: TwoPoints, model: nn.Module) -> None:
-    """Hooks the optimizer into the model whose parameters it has."""
-    handles = [
-        model.register_forward_pre_hook(_ToTheLast(optimizer)),
-        model.register_state_dict_post_hook(_Published(optimizer)),
-    ]
-    weakref.finalize(optimizer, _remove, handles)
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Any]]] = weakref.WeakKeyDictionary()
+
+
+class TwoPoints(Optimizer):
+    """What an optimizer with a running average does about the model whose weights it has."""
+
+    _attached = False
+    #: Whether forward passes of the model are this optimizer's; a Trainer says so only while it trains.
+    listens = True
+    _handles: list[Any]
+    _shown: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # weights of the last step, while others are shown
+    average: float
+
+    def use_last(self) -> None:
+        raise NotImplementedError
+
+    def use_average(self) -> None:
+        raise NotImplementedError
+
+    def published(self) -> dict[int, torch.Tensor]:
+        raise NotImplementedError
+
+    def train(self) -> None:
+        """`use_last` by the name that a Trainer and Accelerate call before a training step."""
+        self.use_last()
+
+    def eval(self) -> None:
+        """`use_average` by the name that a Trainer and Accelerate call before an evaluation."""
+        self.use_average()
+
+    def attach(self, model: nn.Module) -> None:
+        """Tells the optimizer the model, where it was not given one: the weights then are where they are read.
+
+        Nothing to do without an average, or if it is known. Another one of ours over the same weights lets go of it;
+        before an optimizer that is not ours takes over in a loop, call `detach`.
+        """
+        if not self.average or self._attached:
+            return
+        ours = {id(p) for group in self.param_groups for p in group["params"]}
+        others = [other for ref in _ATTACHED.get(model, []) if (other := ref()) is not None]
+        for other in others:
+            if ours & {id(p) for group in other.param_groups for p in group["params"]}:
+                other.detach()
+        _ATTACHED[model] = [weakref.ref(other) for other in (*others, self) if other is self or other._attached]
+        self._handles = [
+            model.register_forward_pre_hook(_BeforeForward(self)),
+            model.register_forward_hook(_AfterForward(self), always_call=True),
+            model.register_state_dict_post_hook(_Published(self)),
+        ]
+        weakref.finalize(self, _remove, self._handles)
+        self._attached = True
+
+    def detach(self) -> None:
+        """Lets go of the model, whose weights stay at the average."""
+        self.use_average()
+        if self._attached:
+            _remove(self._handles)
+            self._attached = False
+
+    def publish(self) -> None:
+        """After a step, or when training ends, whatever became of it: an attached model is at its average."""
+        if self._attached:
+            self.use_average()
+
+    @torch.no_grad()
+    def show_average(self) -> None:
+        """Before a forward pass in evaluation mode: the model has the weights that are published, until it ends.
+
+        It may be in the middle of a training step, whose backward pass needs those of the last step: torch does not
+        notice that they were away.
+        """
+        published = self.published() if self._shown is None else {}
+        params = [p for group in self.param_groups for p in group["params"] if id(p) in published]
+        self._shown = [(p, p.data.clone()) for p in params] or None
+        for p in params:
+            p.data.copy_(published[id(p)])
+
+    @torch.no_grad()
+    def end_show(self) -> None:
+        for p, last in self._shown or ():
+            p.data.copy_(last)
+        self._shown = None
 
 
 def _remove(handles: Iterable[Any]) -> None:

@@ -15,6 +15,9 @@ import torch
 from ..subspace import Basis
 from ._common import trains
 
+# Numbers that are summed apart: no matrix has rows of a multiple of them.
+_PRIME = 61
+
 
 @dataclass
 class _Follower:
@@ -40,8 +43,7 @@ class Weights:
         self.basis, self.params = basis, params
         self.followers: list[_Follower] | None = None
         self._seen: list[tuple[int, int, torch.device]] | None = None  # what the weights were when written
-        self._norms: torch.Tensor | None = None
-        self._begun: list[tuple[int, int, torch.device]] | None = None  # what they were when a step's forward began
+        self._sums: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> None:
         """Moves what is kept to where the weights are."""
@@ -54,7 +56,12 @@ class Weights:
 
     def forget(self) -> None:
         """Takes the weights as they are: nothing is rounded off, and there is no other point."""
-        self.followers = self._seen = self._norms = self._begun = None
+        self.followers = self._seen = self._sums = None
+
+    def begin_anew(self) -> None:
+        """Takes the weights as they are for both points; what was rounded off stays where they are the same."""
+        self._drop_other()
+        self._seen = self._sums = None
 
     def _each(self) -> list[tuple[int, torch.Tensor, torch.Tensor, _Follower]]:
         """(index, parameter, its flat weights, what is kept) of those that are trained."""
@@ -85,6 +92,7 @@ class Weights:
         if all(trains(p) and not self._is_rounded(p) for p in params):
             self.basis.add_(params, delta)  # in place, no temporary
             self._drop_other()
+            self._seen = self._versions()
             return
         for index, p, flat, follower in self._each():
             for start, stop, lifted in self.basis.lift_rows(index, delta[None], self._wide(p)):
@@ -92,6 +100,7 @@ class Weights:
                 _put(self._exactly(flat, follower, part) + lifted[0], flat, follower.rounded_off, part)
             _write_back(p, flat)
         self._drop_other()
+        self._seen = self._versions()
 
     def _drop_other(self) -> None:
         for follower in self.followers or ():
@@ -104,10 +113,8 @@ class Weights:
         if rest is None:
             return weights
         wide = weights.float() if weights.dtype != torch.float32 else weights.double()
-        below = rest[part].to(wide.dtype)
-        # A rest of half a unit, itself rounded, is of these weights, too: hence a little less.
-        same = (wide + below * (1 - 2**-6)).to(weights.dtype) == weights
-        return torch.where(same, wide + below, wide)
+        exact = wide + rest[part].to(wide.dtype)
+        return torch.where(exact.to(weights.dtype) == weights, exact, wide)
 
     def publish(self, delta: torch.Tensor, ahead: torch.Tensor, moved: torch.Tensor) -> None:
         """From the last step's weights by `delta` to the new ones, and from there back by `ahead` to the published.
@@ -117,8 +124,6 @@ class Weights:
             moved (0-d bool `torch.Tensor`): Where false, the weights go back to the published point that they were at.
         """
         rows = torch.stack([delta, ahead])
-        if self._begun != self._versions():  # changed by a user at the last step, and to stay so
-            self._drop_other()
         for index, p, flat, follower in self._each():
             if follower.rounded_off is not None:
                 self._publish_rounded(index, p, flat, follower, rows, moved)
@@ -201,7 +206,7 @@ class Weights:
                 follower.other = flat.clone()
                 flat.copy_(last)
             _write_back(p, flat)
-        self._begun = self._versions()
+        self._seen, self._sums = self._versions(), None
 
     def published(self, ahead: torch.Tensor) -> dict[int, torch.Tensor]:
         """Copies of the published weights by `id` of their parameter, while these are at the last step."""
@@ -222,31 +227,37 @@ class Weights:
 
     def _remember(self) -> None:
         self._seen = self._versions()
-        self._norms = self._measure(self.params())
+        self._sums = self._measure(self.params())
 
     def _versions(self) -> list[tuple[int, int, torch.device]]:
         return [(p.data_ptr(), p._version, p.device) for p in self.params()]
 
     @staticmethod
     def _measure(params: Sequence[torch.Tensor]) -> torch.Tensor:
-        tensors = [p.detach() for p in params if p.numel()]
-        halves = [p.reshape(-1)[::2] for p in tensors]  # so that an exchange of neighbours shows
-        norms = torch._foreach_norm(tensors, 2, torch.float32) + torch._foreach_norm(halves, 2, torch.float32)
-        return torch.stack([norm.to(norms[0].device) for norm in norms])
+        """Sums that an exchange or a change of sign of some weights changes, too: (k, 61) of k parameters."""
+        sums = []
+        for p in params:
+            flat = p.detach().reshape(-1)
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            rows = len(flat) // _PRIME
+            whole = flat[: rows * _PRIME].view(rows, _PRIME).sum(0, dtype=dtype)  # (61,)
+            whole[: len(flat) - rows * _PRIME] += 0.7 * flat[rows * _PRIME :].to(dtype)
+            sums.append(whole)
+        return torch.stack([one.to(sums[0]) for one in sums])
 
     def changed(self) -> bool:
-        """Whether the published weights were replaced or changed in place since they were written, as far as the host
+        """Whether the weights were replaced or changed in place since they were written, as far as the host
         knows: a change through `.data` shows in `as_written` alone."""
         if self._seen is None:
             return False
         now = self._versions()
         if [device for *_, device in now] != [device for *_, device in self._seen]:
-            self._seen, self._norms = now, None  # the model was moved, with all that is in it
+            self._seen, self._sums = now, None  # the model was moved, with all that is in it
         return now != self._seen
 
     def as_written(self) -> torch.Tensor | None:
-        """0-d bool, on the device: whether the published weights are those that were written; None: not known."""
-        return None if self._norms is None else (self._measure(self.params()) == self._norms).all()
+        """0-d bool, on the device: whether published weights are those that were written; None: not known."""
+        return None if self._sums is None else (self._measure(self.params()) == self._sums).all()
 
     def stay(self, same: torch.Tensor) -> None:
         """Where a 0-d `same` is false, the last step is at the published weights as they are now."""
@@ -260,10 +271,13 @@ class Weights:
 
 
 def _put(exact: torch.Tensor, flat: torch.Tensor, rest: torch.Tensor | None, part: slice) -> None:
-    """Rounds `exact` to the weights, and keeps the rest."""
+    """Rounds `exact` to the weights, and keeps the rest, a little less where it would round to other weights."""
     flat[part] = exact
     if rest is not None:
-        rest[part] = exact - flat[part].to(exact.dtype)
+        wide = flat[part].to(exact.dtype)
+        below = (exact - wide).to(rest.dtype)
+        tie = (wide + below.to(exact.dtype)).to(rest.dtype) != flat[part]
+        rest[part] = torch.where(tie, below * (1 - 2**-6), below)
 
 
 def _exchange(flat: torch.Tensor, follower: _Follower) -> None:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import Optimizer
 
 from ..rule import Rule, RuleState
 from ..rule_config import check_average
@@ -24,13 +22,13 @@ from ._common import (
 )
 from ._piece import Piece
 from ._state import check_entry, check_same, check_state, load_keeping_dtypes, warn_of_another_rate
-from ._two_points import HINT, attach, parameters_of
+from ._two_points import HINT, TwoPoints, parameters_of
 
 # Factors that are no matrices of the network: their sides say nothing of its width.
 _NO_WIDTH = ("oft_", "boft_")
 
 
-class LearnedOptimizer(Optimizer):
+class LearnedOptimizer(TwoPoints):
     """A learned rule as a `torch.optim.Optimizer` over any tensors, such as LoRA factors or a small network.
 
     theta = theta - lr * step_factor * rule(g): every scalar is a coordinate of the rule. `step_factor` is 1, or what
@@ -99,8 +97,6 @@ class LearnedOptimizer(Optimizer):
         if not isinstance(rule, Rule):
             raise TypeError(f"rule is a {type(rule).__name__}, expected a Rule such as LSTMRule")
         check_average(average)
-        if eps is not None:
-            check_number("eps", eps, above_zero=True)  # a gradient of zero is divided by it
         if average and differentiable:
             raise ValueError(
                 "an average is kept in place, which autograd cannot follow; leave differentiable or it out"
@@ -125,22 +121,13 @@ class LearnedOptimizer(Optimizer):
         self.rule, self.average = rule, average
         #: Shapes of the tensors that a parameter holds, where it is several in one (coefficients of an identity).
         self.tensor_shapes: list[tuple[int, ...]] | None = None
-        self._at_average = self._attached = False
+        self._at_average = False
         self._reset()
         super().__init__(params, defaults)
         self._device: torch.device | None = None
         self._follow()
         if model is not None:
             self.attach(model)
-
-    def attach(self, model: nn.Module) -> None:
-        """Tells the optimizer the model, where it was not given one: the weights then are where they are read.
-
-        Nothing to do without an average, or if it is known.
-        """
-        if self.average and not self._attached:
-            attach(self, model)
-            self._attached = True
 
     def _follow(self) -> None:
         """A model may be moved after its optimizer was made (`Accelerator.prepare`): rule and state go after it."""
@@ -165,7 +152,7 @@ class LearnedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._device, self._attached = None, self.__dict__.get("_attached", False)
+        self._device = None
         self._reset()  # the pieces are made again from the state of each parameter
 
     @property
@@ -179,7 +166,9 @@ class LearnedOptimizer(Optimizer):
         return self._non_finite.total
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        check_group({**self.defaults, **param_group})
+        whole = {**self.defaults, **param_group}
+        check_group(whole)
+        check_number("eps", whole["eps"], above_zero=True)  # a gradient of zero is divided by it
         super().add_param_group(param_group)
         if any(p.is_meta for p in self.param_groups[-1]["params"]):
             raise ValueError(
@@ -302,14 +291,6 @@ class LearnedOptimizer(Optimizer):
                 piece.to_last(self.state)
             self._at_average = False
 
-    def train(self) -> None:
-        """[`~LearnedOptimizer.use_last`] by the name that a Trainer and Accelerate call before a training step."""
-        self.use_last()
-
-    def eval(self) -> None:
-        """[`~LearnedOptimizer.use_average`] by the name that a Trainer and Accelerate call before an evaluation."""
-        self.use_average()
-
     @torch.no_grad()
     def published(self) -> dict[int, torch.Tensor]:
         """The average by `id` of its parameter while the weights of an attached model are at the last step."""
@@ -331,16 +312,19 @@ class LearnedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._follow()
+        groups = [(group, self._with_gradient(group)) for group in self.param_groups]
+        gradients = [p.grad for _, params in groups for p in params if p.grad is not None]
+        if not gradients:
+            self.publish()
+            return loss
         if self._at_average:
             still = all(not torch.is_tensor(group["lr"]) and group["lr"] == 0 for group in self.param_groups)
             if not (self._from_last or still):
                 raise RuntimeError(HINT)
             self.use_last()
         with torch.set_grad_enabled(self.defaults["differentiable"]):
-            groups = [(group, self._with_gradient(group)) for group in self.param_groups]
-            gradients = [p.grad for _, params in groups for p in params if p.grad is not None]
             refuse_sparse(gradients)
-            if gradients and not self.defaults["differentiable"]:
+            if not self.defaults["differentiable"]:
                 finite = is_finite(gradients)  # () of the whole step, not of a group
                 self._non_finite.record(finite)
             for group, params in groups:
@@ -353,8 +337,7 @@ class LearnedOptimizer(Optimizer):
                 elif params:
                     self._update(params, group, finite)
         self._from_last = False
-        if self._attached:
-            self.use_average()
+        self.publish()
         if not self.defaults["capturable"] and not self.defaults["differentiable"]:
             self._non_finite.check()
         return loss

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from ..rule import Rule
@@ -19,7 +18,7 @@ from ..subspace import Basis
 from ._common import average_weight, check_group, check_number, is_finite, refuse_sparse, trains
 from ._inner import check_inner, check_trainable, warn_of_another_start
 from ._kept import KeepsCoefficients
-from ._two_points import HINT, attach, parameters_of
+from ._two_points import HINT, parameters_of
 from .learned import LearnedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -118,7 +117,7 @@ class SubspaceOptimizer(KeepsCoefficients):
         self.average = average
         self._mean = torch.zeros_like(c, requires_grad=False) if average else None  # (d,)
         self._origin: torch.Tensor | None = None  # (d,) coordinates of theta_0, from the first step on
-        self._at_average = self._attached = False
+        self._at_average = False
         self._fresh = True  # no state or coefficients were loaded: the weights are theta_0
         self._building = True
         inner_group = {key: value for key, value in self._inner.param_groups[0].items() if key != "params"}
@@ -150,15 +149,6 @@ class SubspaceOptimizer(KeepsCoefficients):
         if model is not None:
             self.attach(model)
 
-    def attach(self, model: nn.Module) -> None:
-        """Tells the optimizer the model, where it was not given one: the weights then are where they are read.
-
-        Nothing to do without an average, or if it is known.
-        """
-        if self.average and not self._attached:
-            attach(self, model)
-            self._attached = True
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not getattr(self, "_building", True):
             raise ValueError(
@@ -178,7 +168,7 @@ class SubspaceOptimizer(KeepsCoefficients):
     def coefficients(self) -> torch.Tensor:
         """A copy of c, of shape `(d,)`, of the weights that are saved: at the average after `use_average`, and always
         if the optimizer knows the model."""
-        self._notice()
+        self.notice()
         published = self._mean is not None and (self._at_average or self._attached)
         return (self._mean if published and self._mean is not None else self._c.detach()).clone()
 
@@ -202,35 +192,6 @@ class SubspaceOptimizer(KeepsCoefficients):
         """Steps skipped because the gradient held NaN or Inf (reads the counter from the device)."""
         return self._non_finite.total
 
-    @torch.no_grad()
-    def load_coefficients(self, coefficients: torch.Tensor, *, move_weights: bool = True) -> None:
-        """Sets c; with `move_weights` the weights follow, else they are taken to be at `coefficients` already.
-
-        Raises:
-            `ValueError`: another shape than `(d,)`, NaN or Inf.
-        """
-        if coefficients.shape != self._c.shape:
-            raise ValueError(f"got coefficients of shape {tuple(coefficients.shape)}, expected {tuple(self._c.shape)}")
-        if not bool(torch.isfinite(coefficients).all()):
-            raise ValueError("the coefficients hold NaN or Inf; restore them from where they came from")
-        self._follow()
-        coefficients = coefficients.to(self._c)
-        if move_weights:
-            here = self._mean if self._at_average and self._mean is not None else self._c.detach()
-            self._weights.move(coefficients - here)
-        else:
-            self._origin = None  # measured at the next step
-        self._begin_at(coefficients)
-
-    def _begin_at(self, coefficients: torch.Tensor) -> None:
-        """Both points are at the weights as they are, which are at `coefficients`."""
-        self._fresh = False
-        self._weights.forget()
-        self._c.detach().copy_(coefficients)
-        self._at_average = False
-        if self._mean is not None:
-            self._mean = coefficients.clone()
-
     # The running average
 
     @torch.no_grad()
@@ -251,7 +212,7 @@ class SubspaceOptimizer(KeepsCoefficients):
         if not self._at_average:
             return
         self._follow()
-        self._notice()
+        self._notice(read_device=self._c.device.type == "cpu")
         if not self._at_average:  # the weights are others, and training goes on from them
             return
         assert self._mean is not None
@@ -263,49 +224,13 @@ class SubspaceOptimizer(KeepsCoefficients):
         self._at_average = False
         self._publish_state()
 
-    def train(self) -> None:
-        """[`~SubspaceOptimizer.use_last`] by the name that a Trainer and Accelerate call before a training step."""
-        self.use_last()
-
-    def eval(self) -> None:
-        """[`~SubspaceOptimizer.use_average`] by the name that a Trainer and Accelerate call before an evaluation."""
-        self.use_average()
-
     @torch.no_grad()
     def published(self) -> dict[int, torch.Tensor]:
         """The average by `id` of its parameter while the weights of an attached model are at the last step."""
+        self._notice(read_device=False)
         if not self._attached or self._at_average or self._mean is None:
             return {}
         return self._weights.published(self._c.detach() - self._mean)
-
-    @torch.no_grad()
-    def _notice(self) -> None:
-        """Where somebody replaced or changed the published weights, both points begin anew at them."""
-        if not (self._at_average and self._weights.changed()):
-            return
-        if not self._told_changed:
-            self._told_changed = True
-            logger.warning(
-                "the weights were changed after a step: training, and its running average, begin anew at them"
-            )
-        self._begin_at(self._measured())
-
-    def _measured(self) -> torch.Tensor:
-        """c of the weights as they are, (d,)."""
-        if self._origin is None:
-            return self._mean if self._at_average and self._mean is not None else self._c.detach()
-        return self.basis.coordinates(self.param_groups[0]["params"]) - self._origin
-
-    @torch.no_grad()
-    def measure(self) -> torch.Tensor:
-        """Sets c to that of the weights as they are, such as those of a checkpoint that were loaded into the model.
-
-        Returns:
-            c of shape `(d,)`, to rounding; where the weights are outside the subspace, that of the nearest point.
-        """
-        self._follow()
-        self._begin_at(self._measured())
-        return self._c.detach().clone()
 
     # The step
 
@@ -352,8 +277,10 @@ class SubspaceOptimizer(KeepsCoefficients):
         covered = any(p.grad is not None and trains(p) for p in group["params"])
         gradients = [p.grad for other in self.param_groups[1:] for p in other["params"] if p.grad is not None]
         if not covered and not gradients:
+            self.publish()
             return loss
         still = not torch.is_tensor(group["lr"]) and group["lr"] == 0
+        self._notice(read_device=False)  # of what was done to the weights after the forward pass
         if covered and self._at_average:
             if not (self._from_last or still):
                 raise RuntimeError(HINT)
@@ -372,6 +299,7 @@ class SubspaceOptimizer(KeepsCoefficients):
         if g is not None:
             self._tell_frozen()
             self._step_inside(g, finite, still)
+        self.publish()
         self._from_last = False
         if not group.get("capturable"):
             self._non_finite.check()
@@ -399,14 +327,13 @@ class SubspaceOptimizer(KeepsCoefficients):
             moved = finite & (self._delta != 0).any()  # () a step at lr 0 is none
             if self._mean is not None:
                 self._mean.lerp_(c.detach(), (moved * average_weight(t, self.average)).to(c.dtype))
-            if self._attached and self._mean is not None:
+            if still:  # not even the sign of a zero changes
+                pass
+            elif self._attached and self._mean is not None:
                 self._weights.publish(self._delta, c.detach() - self._mean, moved)
                 self._at_average = True
-            elif not still:  # at lr 0 not even the sign of a zero changes
+            else:
                 self._weights.move(self._delta)
-        elif self._attached:
-            self.use_average()
-        if stepped:
             self._publish_state()
             step = self.state[group["params"][0]]["step"]
             step += 1
