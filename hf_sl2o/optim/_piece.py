@@ -44,6 +44,7 @@ class Piece:
         #: (N,) the published point, and the last step as it was written to the weights (None: not known).
         self.average: torch.Tensor | None = None
         self.last: torch.Tensor | None = None
+        self.just_averaged = False
         if with_average:
             self.average = torch.cat([state["average"].reshape(-1).to(self.dtype) for state in of])
             if all("last" in state for state in of):
@@ -85,46 +86,65 @@ class Piece:
         assert self.average is not None
         if self.last is None:
             return self.average
-        now = self.weights()
-        return torch.where(_differ(now, self.last), now, self.average)
+        average = self.average.clone()
+        _take_over(self.weights(), self.last, average)
+        return average
 
     def take_changes(self) -> None:
         """Before a step: what was changed in the weights since they were written is taken over into the average."""
         assert self.average is not None
+        now = self.weights()
         if self.last is not None:
-            self.average.copy_(self.carried())
-        self.last = self.weights()
+            _take_over(now, self.last, self.average)
+        self.last = now
+        self.just_averaged = False
 
     def average_(self, weight: torch.Tensor) -> None:
         """After a step: moves the average by `weight`, () or (N,); not at all if no weight has moved."""
         assert self.average is not None and self.last is not None
         now = self.weights()
-        moved = (now != self.last).any()  # () a step at lr 0 is none
-        self.average.lerp_(now, (weight * moved).to(self.dtype))
+        moved = now.new_tensor(float(not torch.equal(now, self.last))) if _is_host(now) else (now != self.last).any()
+        self.average.lerp_(now, (weight * moved).to(self.dtype))  # a step at lr 0 moves none
         self.last = now
+        self.just_averaged = True
 
-    def to_average(self, states: Mapping[torch.Tensor, dict[str, Any]]) -> None:
-        self.take_changes()
+    def to_average(self, states: Mapping[torch.Tensor, dict[str, Any]], *, in_step: bool = False) -> None:
+        """Puts the average in the place of the weights; `in_step`: nobody else has changed any since `average_`."""
+        if not (in_step and self.just_averaged):
+            self.take_changes()
         assert self.average is not None and self.last is not None
-        for p, view in zip(self.params, self.views(self.last), strict=True):
-            states[p]["last"] = view
+        for p, last in zip(self.params, self.views(self.last), strict=True):
+            states[p]["last"] = last
         self.write(self.average)
 
     def to_last(self, states: Mapping[torch.Tensor, dict[str, Any]]) -> None:
         """What was changed in the weights while they were at the average is taken over into both points."""
         assert self.average is not None
         now = self.weights()
-        changed = _differ(now, self._as_written(self.average))
-        if self.last is None:
-            self.last = now.clone()
-        for view, p in zip(self.views(changed), self.params, strict=True):
-            if not trains(p):
-                view.fill_(True)
-        self.last.copy_(torch.where(changed, now, self.last))
-        self.average.copy_(torch.where(changed, now, self.average))
-        for p in self.params:
+        self.last = now.clone() if self.last is None else self.last
+        _take_over(now, self._as_written(self.average), self.last, self.average)
+        for p, last, view in zip(self.params, self.views(self.last), self.views(now), strict=True):
+            if not trains(p):  # frozen since, at the average
+                last.copy_(view)
             states[p].pop("last", None)
         self.write(self.last)
+        self.just_averaged = False
+
+
+def _is_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _take_over(now: torch.Tensor, written: torch.Tensor, *points: torch.Tensor) -> None:
+    """Writes the weights of now to the points, all (N,), where these are others than were written.
+
+    On a CPU one pass tells that nothing has changed, as mostly; elsewhere nothing is read back.
+    """
+    if _is_host(now) and torch.equal(now, written):
+        return
+    changed = _differ(now, written)
+    for point in points:
+        point.copy_(torch.where(changed, now, point))
 
 
 def _differ(now: torch.Tensor, written: torch.Tensor) -> torch.Tensor:

@@ -275,10 +275,14 @@ class LearnedOptimizer(TwoPoints):
     @torch.no_grad()
     def use_average(self) -> None:
         """Puts the running average in the place of each tensor; nothing to do if it is there, or none is kept."""
+        self._to_average(in_step=False)
+
+    @torch.no_grad()
+    def _to_average(self, *, in_step: bool) -> None:
         if self.average and not self._at_average and self.state:
             self._follow()
             for piece in self._all_pieces():
-                piece.to_average(self.state)
+                piece.to_average(self.state, in_step=in_step)
             self._at_average = True
 
     @torch.no_grad()
@@ -337,7 +341,8 @@ class LearnedOptimizer(TwoPoints):
                 elif params:
                     self._update(params, group, finite)
         self._from_last = False
-        self.publish()
+        if self._attached:
+            self._to_average(in_step=True)
         if not self.defaults["capturable"] and not self.defaults["differentiable"]:
             self._non_finite.check()
         return loss
