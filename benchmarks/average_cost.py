@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--json", type=Path, help="write the result here")
     parser.add_argument("--quick", action="store_true", help="seconds, on a tiny model")
     options = parser.parse_args(argv)
-    rows = benchmark("quick" if options.quick else "small", rounds=10 if options.quick else 60)
+    rows = benchmark("quick" if options.quick else "small", rounds=10 if options.quick else 150)
     result = {"benchmark": "average_cost", "rows": rows, "environment": environment(Path(__file__).parent)}
     for entry in rows:
         ratio = "" if entry["ratio"] is None else f"  {entry['ratio']:.3f} x without"
