@@ -53,7 +53,7 @@ def smoke(data: Path) -> list[str]:
     flags = (
         "--use_cpu --seeds 1 --trajectory_steps 30 --snapshots 15 --dim 6 --max_steps 4 --eval_steps 2 --meta_epochs 1"
     )
-    flags += " --inner_steps 10 --train_rows 200 --eval_rows 32 --quick_grid --save_strategy no"
+    flags += " --logging_steps 2 --inner_steps 10 --train_rows 200 --eval_rows 32 --quick_grid --save_strategy no"
     return [*flags.split(), "--trajectory_learning_rates", "0.003", "--data", str(data)]
 
 

@@ -114,6 +114,7 @@ def _parse_optim_args(optim_args_str: str | None) -> dict[str, str]:
 def _prepare_for_training(self: trainer.Trainer, max_steps: int, *args: Any, **kwargs: Any) -> Any:
     if self.args.optim in OPTIMIZERS:
         check_same_on_all_ranks(training_facts(self.args), "training", patience(self.args))
+    known = unwrap_optimizer(self.optimizer)
     prepared = _theirs["_prepare_for_training"](self, max_steps, *args, **kwargs)
     optimizer = unwrap_optimizer(self.optimizer)
     if isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer):
@@ -123,9 +124,12 @@ def _prepare_for_training(self: trainer.Trainer, max_steps: int, *args: Any, **k
             if "rule_fingerprint" in group:
                 group["total_steps"] = done + max(max_steps - self.state.global_step, 0)
         model: Any = self.model
-        if isinstance(optimizer, SubspaceOptimizer):
-            optimizer.notice()  # what was done to the weights since an earlier run of this Trainer
+        if optimizer is known and done and not self.state.global_step:
+            optimizer.begin_anew()  # a further run of this Trainer goes on from the weights that its user sees
         optimizer.attach(model)
+        if self.args.optim in OPTIMIZERS:
+            begun = {"global_step": self.state.global_step, "optimizer_steps": done}
+            check_same_on_all_ranks(begun, "resumed training", patience(self.args))
         _say_what_changes_the_result(self, model, optimizer)
     return prepared
 
@@ -172,8 +176,8 @@ def _run_epoch(self: trainer.Trainer, *args: Any, **kwargs: Any) -> Any:
     try:
         return _theirs["_run_epoch"](self, *args, **kwargs)
     finally:
-        optimizer.publish()
         optimizer.listens = False  # to forward passes of another Trainer
+        optimizer.publish()
 
 
 def _clip_grad_norm(self: trainer.Trainer, model: nn.Module) -> Any:

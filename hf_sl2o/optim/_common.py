@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -57,6 +57,15 @@ def check_group(group: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} is {value}, expected finite numbers")
     if (betas := group.get("betas")) is not None and not all(0 <= float(beta) < 1 for beta in betas):
         raise ValueError(f"betas are {tuple(betas)}, expected numbers in [0, 1)")
+
+
+def check_one_device(params: Sequence[torch.Tensor]) -> None:
+    """Raises `NotImplementedError` where parameters are on several devices."""
+    if len(devices := {str(p.device) for p in params}) > 1:
+        raise NotImplementedError(
+            f"the parameters are on several devices ({', '.join(sorted(devices))}), and are moved together on one; "
+            "put the trainable ones on one device, or train with DDP"
+        )
 
 
 # Gradients that are not finite

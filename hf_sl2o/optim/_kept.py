@@ -53,7 +53,8 @@ class KeepsCoefficients(TwoPoints):
         self._step_outside = None if self._outside is None else GuardedStep(self._outside)
         self._weights = Weights(self.basis, lambda: self.param_groups[0]["params"])
         self._norm = torch.zeros((), dtype=self.basis.compute_dtype, device=self.basis.device)
-        self._from_last = self._told_frozen = self._told_changed = False
+        self._from_last = self._told_frozen = False
+        self._same: torch.Tensor | None = None  # 0-d, on a GPU: whether all weights were as written, as far as read
 
     def _follow(self) -> None:
         """A model may be moved after its optimizer was made (`Accelerator.prepare`): what is kept here follows."""
@@ -170,33 +171,57 @@ class KeepsCoefficients(TwoPoints):
             self._mean = coefficients.clone()
 
     def notice(self) -> None:
-        """Where somebody replaced or changed the weights since the last step, both points begin anew at them.
+        """Takes over what somebody has changed in the weights since they were written.
 
-        A step, and whoever asks for `coefficients`, notices by itself; on a GPU a change through `.data` is only
-        noticed here and there (it is in the weights all the same).
+        Both points move by the change; where it is larger than the way from one to the other, the weights were
+        replaced, and both begin anew there. A step, and whoever asks for `coefficients`, notices by itself.
         """
         self._follow()
         self._notice(read_device=True)
 
+    @property
+    def _on_host(self) -> bool:
+        """Whether to look at the weights does not wait for a device."""
+        return self.basis.device.type == "cpu"
+
     @torch.no_grad()
     def _notice(self, *, read_device: bool) -> None:
         changed = self._weights.changed()
-        if not changed and read_device and (same := self._weights.as_written()) is not None:
-            changed = not bool(same)
-        if not changed:
-            return
-        if self._mean is not None and not self._told_changed:
-            self._told_changed = True
-            logger.warning(
-                "the weights were changed after a step: training, and its running average, begin anew at them"
-            )
-        self._begin_at(self._measured())
+        if changed or read_device:
+            same = self._weights.as_written()
+            changed = changed if same is None else not bool(same)  # a write that changed no number is none
+        if read_device and self._same is not None:
+            changed, self._same = changed or not bool(self._same), None
+        if changed:
+            self._take_over()
+        elif self._weights.changed():
+            self._weights.seen_again()
+
+    def _take_over(self) -> None:
+        measured, change = self._measured(), self._weights.change()
+        c, mean = self._c.detach(), self._mean
+        at = mean if self._at_average and mean is not None else c
+        if mean is None or change is None:
+            self._begin_at(measured)
+        elif bool(change > torch.linalg.vector_norm((c - mean) * self.basis.units)):
+            self._begin_at(measured)
+            logger.info("the weights were replaced after a step: training and its average go on from them")
+        else:
+            moved = measured - at
+            c.add_(moved)
+            mean.add_(moved)
+            self._weights.seen_again()
+            self._weights.forget_published(at_last=not self._at_average)
 
     def _measured(self) -> torch.Tensor:
         """c of the weights as they are, (d,)."""
         if self._origin is None:
             return self._mean if self._at_average and self._mean is not None else self._c.detach()
         return self.basis.coordinates(self.param_groups[0]["params"]) - self._origin
+
+    def begin_anew(self) -> None:
+        """Training goes on from the weights as they are: both points are there."""
+        self.measure()
 
     @torch.no_grad()
     def measure(self) -> torch.Tensor:

@@ -11,9 +11,6 @@ import torch
 from ..rule import RuleState
 from ._common import real, trains
 
-# The share of a weight by which it may differ after a detour, as of sharpness-aware minimisation.
-_CAME_BACK = 2**-14
-
 
 class Piece:
     """The concatenation of what is kept of some parameters; each one's own state is made a view of it.
@@ -87,7 +84,7 @@ class Piece:
         if self.last is None:
             return self.average
         average = self.average.clone()
-        _take_over(self.weights(), self.last, average)
+        _carry(self.weights(), self.last, self.last.clone(), average)
         return average
 
     def take_changes(self) -> None:
@@ -95,7 +92,7 @@ class Piece:
         assert self.average is not None
         now = self.weights()
         if self.last is not None:
-            _take_over(now, self.last, self.average)
+            _carry(now, self.last, self.last, self.average)
         self.last = now
         self.just_averaged = False
 
@@ -117,12 +114,20 @@ class Piece:
             states[p]["last"] = last
         self.write(self.average)
 
+    def begin_anew(self) -> None:
+        """Both points are at the weights as they are."""
+        now = self.weights()
+        if self.average is not None:
+            self.average.copy_(now)
+        if self.last is not None:
+            self.last.copy_(now)
+
     def to_last(self, states: Mapping[torch.Tensor, dict[str, Any]]) -> None:
         """What was changed in the weights while they were at the average is taken over into both points."""
         assert self.average is not None
         now = self.weights()
         self.last = now.clone() if self.last is None else self.last
-        _take_over(now, self._as_written(self.average), self.last, self.average)
+        _carry(now, self._as_written(self.average), self.average, self.last)
         for p, last, view in zip(self.params, self.views(self.last), self.views(now), strict=True):
             if not trains(p):  # frozen since, at the average
                 last.copy_(view)
@@ -135,18 +140,22 @@ def _is_host(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _take_over(now: torch.Tensor, written: torch.Tensor, *points: torch.Tensor) -> None:
-    """Writes the weights of now to the points, all (N,), where these are others than were written.
+def _carry(now: torch.Tensor, written: torch.Tensor, here: torch.Tensor, there: torch.Tensor) -> None:
+    """Takes a change of the weights over into both points, all (N,): they move alike, so that training goes on.
 
-    On a CPU one pass tells that nothing has changed, as mostly; elsewhere nothing is read back.
+    A weight that was set to 0 (pruned) is 0 in both. Where the change is larger than the way from one point to the
+    other the weights were replaced, and both points are there. On a CPU one pass tells that nothing has changed, as
+    mostly; elsewhere nothing is read back.
+
+    Args:
+        now, written: The weights as they are, and as they were written.
+        here, there: The point that they were at, and the other one; changed in place.
     """
     if _is_host(now) and torch.equal(now, written):
         return
-    changed = _differ(now, written)
-    for point in points:
-        point.copy_(torch.where(changed, now, point))
-
-
-def _differ(now: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-    """Where weights are others than were written, (N,) bool; those that were moved and came back are the same."""
-    return ~((now - written).abs() <= _CAME_BACK * written.abs())
+    changed, pruned = now != written, (now == 0) & (written != 0)
+    change = (now - written).masked_fill_(pruned, 0)
+    replaced = torch.linalg.vector_norm(change) > torch.linalg.vector_norm(there - here)  # ()
+    carried = torch.where(pruned, now, there + change)
+    there.copy_(torch.where(replaced, now, torch.where(changed, carried, there)))
+    here.copy_(torch.where(changed, now, here))

@@ -16,8 +16,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 HINT = (
-    "the weights are at their running average, and so is this gradient; call use_last() before the forward pass (or "
-    "train(), its other name), or give the optimizer the model itself, which does it"
+    "the weights are at their running average, and so is this gradient; give the optimizer the model itself and put "
+    "that into train mode (model.train()), or call use_last() before the forward pass (or train(), its other name)"
 )
 
 
@@ -54,20 +54,35 @@ class _BeforeForward(_Hook):
 
     def _go(self, module: nn.Module) -> None:
         optimizer = self._of()
-        if optimizer is None or not optimizer.listens:
+        # a replica of DataParallel was copied before: a Trainer has called train() by then, a loop hears of it in step
+        if optimizer is None or not optimizer.listens or getattr(module, "_is_replica", False):
             return
-        if not module.training:
-            optimizer.use_average() if torch.is_grad_enabled() else optimizer.show_average()
-        elif torch.is_grad_enabled():
+        asked = optimizer._asked
+        if module.training and torch.is_grad_enabled():
             optimizer.use_last()
+            optimizer._asked = asked
+        elif not module.training and not torch.is_grad_enabled():
+            optimizer.show_average()
+        elif not module.training and not asked:
+            optimizer.use_average()
+            optimizer._from_last = False  # gradients that come of this are not of the last step
 
 
 class _AfterForward(_Hook):
     """Ends what [`_BeforeForward`] began for a forward pass in evaluation mode."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        optimizer = None if torch.compiler.is_compiling() else self._of()
-        if optimizer is not None:
+        if torch.compiler.is_compiling():
+            self._outside_the_graph()
+        else:
+            self._end()
+
+    @torch.compiler.disable
+    def _outside_the_graph(self) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if (optimizer := self._of()) is not None:
             optimizer.end_show()
 
 
@@ -93,6 +108,8 @@ class TwoPoints(Optimizer):
     #: Whether forward passes of the model are this optimizer's; a Trainer says so only while it trains.
     listens = True
     _handles: list[Any]
+    _from_last = False  # whether the gradients to come are of the last step's weights
+    _asked = False  # whether somebody, not a forward pass, went to the last step since the last one was made
     _shown: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # weights of the last step, while others are shown
     average: float
 

@@ -92,7 +92,7 @@ class Weights:
         if all(trains(p) and not self._is_rounded(p) for p in params):
             self.basis.add_(params, delta)  # in place, no temporary
             self._drop_other()
-            self._seen = self._versions()
+            self._seen, self._sums = self._versions(), None
             return
         for index, p, flat, follower in self._each():
             for start, stop, lifted in self.basis.lift_rows(index, delta[None], self._wide(p)):
@@ -100,7 +100,7 @@ class Weights:
                 _put(self._exactly(flat, follower, part) + lifted[0], flat, follower.rounded_off, part)
             _write_back(p, flat)
         self._drop_other()
-        self._seen = self._versions()
+        self._seen, self._sums = self._versions(), None
 
     def _drop_other(self) -> None:
         for follower in self.followers or ():
@@ -206,7 +206,7 @@ class Weights:
                 follower.other = flat.clone()
                 flat.copy_(last)
             _write_back(p, flat)
-        self._seen, self._sums = self._versions(), None
+        self._remember()
 
     def published(self, ahead: torch.Tensor) -> dict[int, torch.Tensor]:
         """Copies of the published weights by `id` of their parameter, while these are at the last step."""
@@ -245,6 +245,10 @@ class Weights:
             sums.append(whole)
         return torch.stack([one.to(sums[0]) for one in sums])
 
+    def change(self) -> torch.Tensor | None:
+        """About how far the weights are from where they were written, 0-d; None: not known."""
+        return None if self._sums is None else torch.linalg.vector_norm(self._measure(self.params()) - self._sums)
+
     def changed(self) -> bool:
         """Whether the weights were replaced or changed in place since they were written, as far as the host
         knows: a change through `.data` shows in `as_written` alone."""
@@ -258,6 +262,15 @@ class Weights:
     def as_written(self) -> torch.Tensor | None:
         """0-d bool, on the device: whether published weights are those that were written; None: not known."""
         return None if self._sums is None else (self._measure(self.params()) == self._sums).all()
+
+    def seen_again(self) -> None:
+        """Takes the weights as they are for those that were written."""
+        self._remember()
+
+    def forget_published(self, *, at_last: bool) -> None:
+        """Where the weights at the last step were changed: the published ones are to be formed anew."""
+        if at_last:
+            self._drop_other()
 
     def stay(self, same: torch.Tensor) -> None:
         """Where a 0-d `same` is false, the last step is at the published weights as they are now."""

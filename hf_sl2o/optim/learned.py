@@ -15,6 +15,7 @@ from ._common import (
     average_weight,
     check_group,
     check_number,
+    check_one_device,
     is_finite,
     real,
     refuse_sparse,
@@ -245,6 +246,7 @@ class LearnedOptimizer(TwoPoints):
         """What is kept of `params` as one; each parameter's own state is a view of it."""
         key = tuple(id(p) for p in params)
         if key not in self._pieces:
+            check_one_device(params)
             for p in params:
                 self._begin(p)
             piece = Piece(params, self.state, with_average=bool(self.average))
@@ -279,6 +281,7 @@ class LearnedOptimizer(TwoPoints):
 
     @torch.no_grad()
     def _to_average(self, *, in_step: bool) -> None:
+        self.end_show()
         if self.average and not self._at_average and self.state:
             self._follow()
             for piece in self._all_pieces():
@@ -286,9 +289,16 @@ class LearnedOptimizer(TwoPoints):
             self._at_average = True
 
     @torch.no_grad()
+    def begin_anew(self) -> None:
+        """Training goes on from the weights as they are: both points are there."""
+        for piece in self._all_pieces():
+            piece.begin_anew()
+
+    @torch.no_grad()
     def use_last(self) -> None:
         """Puts each tensor back to where training goes on."""
-        self._from_last = True
+        self.end_show()
+        self._from_last = self._asked = True
         if self._at_average:
             self._follow()
             for piece in self._all_pieces():
@@ -340,7 +350,7 @@ class LearnedOptimizer(TwoPoints):
                         self._update([p], group, finite)
                 elif params:
                     self._update(params, group, finite)
-        self._from_last = False
+        self._from_last = self._asked = False
         if self._attached:
             self._to_average(in_step=True)
         if not self.defaults["capturable"] and not self.defaults["differentiable"]:
@@ -367,7 +377,7 @@ class LearnedOptimizer(TwoPoints):
         for p, delta in zip(params, piece.views(g), strict=True):
             weights = real(p.detach())
             if decay:
-                weights.mul_(1 - lr * self.rule.config.output_scale * decay * finite)
+                weights.mul_(1 - lr * abs(self.rule.config.output_scale) * decay * finite)
             weights.sub_((lr * delta).to(weights.dtype))
         if self.average:
             piece.average_(finite * average_weight(state.step, self.average))
@@ -382,5 +392,5 @@ class LearnedOptimizer(TwoPoints):
         self.state[p].update(state._asdict())
         lr = group["lr"] * self.step_factor
         if group["weight_decay"]:
-            p.mul_(1 - lr * self.rule.config.output_scale * group["weight_decay"])
+            p.mul_(1 - lr * abs(self.rule.config.output_scale) * group["weight_decay"])
         p.sub_((lr * delta).view_as(p).to(p.dtype))

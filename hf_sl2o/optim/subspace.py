@@ -197,9 +197,11 @@ class SubspaceOptimizer(KeepsCoefficients):
     @torch.no_grad()
     def use_average(self) -> None:
         """Moves the weights to the running average of c; nothing to do if they are there, or none is kept."""
+        self.end_show()
         if self._mean is None or self._at_average:
             return
         self._follow()
+        self._notice(read_device=self._on_host)
         self._weights.to_published(self._c.detach() - self._mean)
         self._at_average = True
         if self.state[self.param_groups[0]["params"][0]]:
@@ -208,18 +210,21 @@ class SubspaceOptimizer(KeepsCoefficients):
     @torch.no_grad()
     def use_last(self) -> None:
         """Moves the weights back to c, from where training goes on."""
-        self._from_last = True
+        self.end_show()
+        self._from_last = self._asked = True
         if not self._at_average:
             return
         self._follow()
-        self._notice(read_device=self._c.device.type == "cpu")
+        self._notice(read_device=self._on_host)
         if not self._at_average:  # the weights are others, and training goes on from them
             return
         assert self._mean is not None
-        if (same := self._weights.as_written()) is not None:
+        same = None if self._on_host else self._weights.as_written()
+        if same is not None:
             # changed behind torch's back, through .data: known on the device alone
             self._weights.stay(same)
             self._mean = torch.where(same, self._mean, self._c.detach())
+            self._same = same if self._same is None else self._same & same
         self._weights.to_last(self._c.detach() - self._mean)
         self._at_average = False
         self._publish_state()
@@ -227,7 +232,7 @@ class SubspaceOptimizer(KeepsCoefficients):
     @torch.no_grad()
     def published(self) -> dict[int, torch.Tensor]:
         """The average by `id` of its parameter while the weights of an attached model are at the last step."""
-        self._notice(read_device=False)
+        self._notice(read_device=self._on_host)
         if not self._attached or self._at_average or self._mean is None:
             return {}
         return self._weights.published(self._c.detach() - self._mean)
@@ -280,7 +285,7 @@ class SubspaceOptimizer(KeepsCoefficients):
             self.publish()
             return loss
         still = not torch.is_tensor(group["lr"]) and group["lr"] == 0
-        self._notice(read_device=False)  # of what was done to the weights after the forward pass
+        self._notice(read_device=self._on_host)  # of what was done to the weights after the forward pass
         if covered and self._at_average:
             if not (self._from_last or still):
                 raise RuntimeError(HINT)
@@ -300,7 +305,7 @@ class SubspaceOptimizer(KeepsCoefficients):
             self._tell_frozen()
             self._step_inside(g, finite, still)
         self.publish()
-        self._from_last = False
+        self._from_last = self._asked = False
         if not group.get("capturable"):
             self._non_finite.check()
         return loss
