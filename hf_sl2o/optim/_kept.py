@@ -51,7 +51,7 @@ class KeepsCoefficients(TwoPoints):
         self._non_finite = NonFiniteGuard()
         self._step_inner = GuardedStep(self._inner)
         self._step_outside = None if self._outside is None else GuardedStep(self._outside)
-        self._weights = Weights(self.basis, lambda: self.param_groups[0]["params"])
+        self._weights = Weights(self.basis, lambda: self.param_groups[0]["params"], two_points=bool(self.average))
         self._norm = torch.zeros((), dtype=self.basis.compute_dtype, device=self.basis.device)
         self._from_last = self._told_frozen = False
         self._same: torch.Tensor | None = None  # 0-d, on a GPU: whether all weights were as written, as far as read

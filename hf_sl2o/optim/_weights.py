@@ -37,10 +37,11 @@ class Weights:
     Args:
         basis ([`Basis`]): On the parameters' device.
         params (`Callable`): Returns the parameters, in the order of the basis; they are read at each call.
+        two_points (`bool`): Whether there is an average, so that it matters how far somebody else changes the weights.
     """
 
-    def __init__(self, basis: Basis, params: Callable[[], Sequence[torch.Tensor]]) -> None:
-        self.basis, self.params = basis, params
+    def __init__(self, basis: Basis, params: Callable[[], Sequence[torch.Tensor]], *, two_points: bool) -> None:
+        self.basis, self.params, self.two_points = basis, params, two_points
         self.followers: list[_Follower] | None = None
         self._seen: list[tuple[int, int, torch.device]] | None = None  # what the weights were when written
         self._sums: torch.Tensor | None = None
@@ -92,7 +93,7 @@ class Weights:
         if all(trains(p) and not self._is_rounded(p) for p in params):
             self.basis.add_(params, delta)  # in place, no temporary
             self._drop_other()
-            self._seen, self._sums = self._versions(), None
+            self._remember()
             return
         for index, p, flat, follower in self._each():
             for start, stop, lifted in self.basis.lift_rows(index, delta[None], self._wide(p)):
@@ -100,7 +101,7 @@ class Weights:
                 _put(self._exactly(flat, follower, part) + lifted[0], flat, follower.rounded_off, part)
             _write_back(p, flat)
         self._drop_other()
-        self._seen, self._sums = self._versions(), None
+        self._remember()
 
     def _drop_other(self) -> None:
         for follower in self.followers or ():
@@ -227,7 +228,7 @@ class Weights:
 
     def _remember(self) -> None:
         self._seen = self._versions()
-        self._sums = self._measure(self.params())
+        self._sums = self._measure(self.params()) if self.two_points else None
 
     def _versions(self) -> list[tuple[int, int, torch.device]]:
         return [(p.data_ptr(), p._version, p.device) for p in self.params()]
