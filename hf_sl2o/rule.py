@@ -38,10 +38,8 @@ from .rule_config import ADDED_LATER, EXPRESSIONS, RuleConfig
 
 R = TypeVar("R", bound="Rule")
 
-# A gradient of this share of its tensor's scale is taken for rounding.
-_ROUNDING = 1e-6
-# Where neither m~ nor g~ reaches this, the gradients have ceased.
-_CEASED = 0.03
+# Below these a gradient is rounding (a share of its tensor's scale), or the gradients have ceased (of m~ and g~).
+_ROUNDING, _CEASED = 1e-6, 0.03
 # Coordinates of one call of a rule in `update_`.
 _CHUNK = {"cpu": 1 << 13, "cuda": 1 << 20}
 
