@@ -38,8 +38,7 @@ from .rule_config import ADDED_LATER, EXPRESSIONS, RuleConfig
 
 R = TypeVar("R", bound="Rule")
 
-# Below these a gradient is rounding (a share of its tensor's scale), or the gradients have ceased (of m~ and g~).
-_ROUNDING, _CEASED = 1e-6, 0.03
+_ROUNDING, _CEASED = 1e-6, 0.03  # shares of a tensor's scale, and of m~ and g~, below which nothing moves
 # Coordinates of one call of a rule in `update_`.
 _CHUNK = {"cpu": 1 << 13, "cuda": 1 << 20}
 

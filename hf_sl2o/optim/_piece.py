@@ -93,8 +93,15 @@ class Piece:
         now = self.weights()
         if self.last is not None:
             _carry(now, self.last, self.last, self.average)
-        self.last = now
+        self._keep(now)
         self.just_averaged = False
+
+    def _keep(self, now: torch.Tensor) -> None:
+        """Takes the weights as they are for the last step's; on a device in place, as a captured graph needs it."""
+        if self.last is None or _is_host(now):
+            self.last = now
+        else:
+            self.last.copy_(now)
 
     def average_(self, weight: torch.Tensor) -> None:
         """After a step: moves the average by `weight`, () or (N,); not at all if no weight has moved."""
@@ -102,7 +109,7 @@ class Piece:
         now = self.weights()
         moved = now.new_tensor(float(not torch.equal(now, self.last))) if _is_host(now) else (now != self.last).any()
         self.average.lerp_(now, (weight * moved).to(self.dtype))  # a step at lr 0 moves none
-        self.last = now
+        self._keep(now)
         self.just_averaged = True
 
     def to_average(self, states: Mapping[torch.Tensor, dict[str, Any]], *, in_step: bool = False) -> None:
