@@ -5,8 +5,18 @@ import torch
 from torch import nn
 
 from hf_sl2o import Layout, LearnedOptimizer, LSTMRule, RandomBasis, RuleConfig, SubspaceOptimizer
+from hf_sl2o.optim import _piece
+from hf_sl2o.optim._kept import KeepsCoefficients
 
 STEPS = 25
+
+
+@pytest.fixture(autouse=True, params=["read on the host", "never read back"])
+def path(request, monkeypatch):
+    """What a GPU does, where looking at the weights would wait for it, is computed here on a CPU, too."""
+    if request.param == "never read back":
+        monkeypatch.setattr(_piece, "_is_host", lambda tensor: False)
+        monkeypatch.setattr(KeepsCoefficients, "_on_host", property(lambda self: False))
 
 
 def network():
