@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from ..subspace import Basis
 from ._common import GuardedStep, NonFiniteGuard
 from ._state import check_entry, check_same, check_state, load_keeping_dtypes, warn_of_another_rate
-from ._two_points import TwoPoints
+from ._two_points import REPLACES, TwoPoints
 from ._weights import Weights
 from .learned import LearnedOptimizer
 
@@ -173,8 +173,9 @@ class KeepsCoefficients(TwoPoints):
     def notice(self) -> None:
         """Takes over what somebody has changed in the weights since they were written.
 
-        Both points move by the change; where it is larger than the way from one to the other, the weights were
-        replaced, and both begin anew there. A step, and whoever asks for `coefficients`, notices by itself.
+        Both points move by the change; where it is a twentieth of the weights, and further than from one point to the
+        other, the weights were replaced, and both begin anew there. A step, and whoever asks for `coefficients`,
+        notices by itself.
         """
         self._follow()
         self._notice(read_device=True)
@@ -203,7 +204,10 @@ class KeepsCoefficients(TwoPoints):
         at = mean if self._at_average and mean is not None else c
         if mean is None or change is None:
             self._begin_at(measured)
-        elif bool(change > torch.linalg.vector_norm((c - mean) * self.basis.units)):
+        elif bool(
+            (change > torch.linalg.vector_norm((c - mean) * self.basis.units))
+            & (change > REPLACES * self._weights.norm())
+        ):
             self._begin_at(measured)
             logger.info("the weights were replaced after a step: training and its average go on from them")
         else:

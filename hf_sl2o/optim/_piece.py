@@ -10,6 +10,7 @@ import torch
 
 from ..rule import RuleState
 from ._common import real, trains
+from ._two_points import REPLACES
 
 
 class Piece:
@@ -150,9 +151,9 @@ def _is_host(tensor: torch.Tensor) -> bool:
 def _carry(now: torch.Tensor, written: torch.Tensor, here: torch.Tensor, there: torch.Tensor) -> None:
     """Takes a change of the weights over into both points, all (N,): they move alike, so that training goes on.
 
-    A weight that was set to 0 (pruned) is 0 in both. Where the change is larger than the way from one point to the
-    other the weights were replaced, and both points are there. On a CPU one pass tells that nothing has changed, as
-    mostly; elsewhere nothing is read back.
+    A weight that was set to 0 (pruned) is 0 in both. Where the change is a twentieth of the weights, and further than
+    from one point to the other, the weights were replaced, and both points are there. On a CPU one pass tells that
+    nothing has changed, as mostly; elsewhere nothing is read back.
 
     Args:
         now, written: The weights as they are, and as they were written.
@@ -162,7 +163,8 @@ def _carry(now: torch.Tensor, written: torch.Tensor, here: torch.Tensor, there: 
         return
     changed, pruned = now != written, (now == 0) & (written != 0)
     change = (now - written).masked_fill_(pruned, 0)
-    replaced = torch.linalg.vector_norm(change) > torch.linalg.vector_norm(there - here)  # ()
+    norm = torch.linalg.vector_norm
+    replaced = norm(change) > torch.maximum(norm(there - here), REPLACES * norm(written))  # ()
     carried = torch.where(pruned, now, there + change)
     there.copy_(torch.where(replaced, now, torch.where(changed, carried, there)))
     here.copy_(torch.where(changed, now, here))

@@ -15,6 +15,9 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+#: A change of the weights by this share of them, and further than from one point to the other, replaces them.
+REPLACES = 0.05
+
 HINT = (
     "the weights are at their running average, and so is this gradient; give the optimizer the model itself and put "
     "that into train mode (model.train()), or call use_last() before the forward pass (or train(), its other name)"

@@ -250,6 +250,11 @@ class Weights:
         """About how far the weights are from where they were written, 0-d; None: not known."""
         return None if self._sums is None else torch.linalg.vector_norm(self._measure(self.params()) - self._sums)
 
+    def norm(self) -> torch.Tensor:
+        """Norm of all weights as they are, 0-d."""
+        norms = [torch.linalg.vector_norm(p.detach(), dtype=self._wide(p)) for p in self.params()]
+        return torch.linalg.vector_norm(torch.stack([one.to(norms[0]) for one in norms]))
+
     def changed(self) -> bool:
         """Whether the weights were replaced or changed in place since they were written, as far as the host
         knows: a change through `.data` shows in `as_written` alone."""
