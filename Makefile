@@ -11,7 +11,7 @@ WORKERS ?= 2
 help:
 	@echo "make test    installs into .venv and runs the test suite"
 	@echo "make demo    installs into .venv and trains GPT-2 in a learned subspace beside its baselines (minutes, CPU)"
-	@echo "make lint    ruff check, ruff format --check, mypy"
+	@echo "make lint    ruff check, ruff format --check, mypy, and who may import whom (layers.toml)"
 	@echo "make clean   removes .venv and caches"
 	@echo
 	@echo "CPU build of torch on Linux:  make TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu test"
@@ -35,6 +35,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache layers.toml
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build *.egg-info

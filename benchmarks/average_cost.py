@@ -17,9 +17,9 @@ from step_cost import alternating, row
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sl2o import Layout, LearnedOptimizer, RandomBasis, SubspaceOptimizer
-from hf_sl2o.build import load_rule
-from hf_sl2o.comparison import environment
-from hf_sl2o.files import save_json
+from hf_sl2o.experiments.environment import environment
+from hf_sl2o.foundation.files import save_json
+from hf_sl2o.rules import load_rule
 
 #: layers, width, batch, length
 SIZES = {"quick": (2, 64, 4, 32), "small": (6, 256, 8, 64)}
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--quick", action="store_true", help="seconds, on a tiny model")
     options = parser.parse_args(argv)
     rows = benchmark("quick" if options.quick else "small", rounds=10 if options.quick else 150)
-    result = {"benchmark": "average_cost", "rows": rows, "environment": environment(Path(__file__).parent)}
+    result = {"benchmark": "average_cost", "rows": rows, "environment": environment()}
     for entry in rows:
         ratio = "" if entry["ratio"] is None else f"  {entry['ratio']:.3f} x without"
         low, high = entry["quartiles"]

@@ -25,12 +25,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "recipes"), str(ROOT / "benchmarks")]
 
 import gpt2_e2e
 import step_cost
-from checks import parse_options, run_script
-from e2e_data import load_rows
 
-from hf_sl2o.comparison import environment
-from hf_sl2o.files import save_json
-from hf_sl2o.registry import SHIPPED_RULES
+from hf_sl2o.experiments.command_line.flags import parse_options
+from hf_sl2o.experiments.command_line.script import run_script
+from hf_sl2o.experiments.data.e2e import load_rows
+from hf_sl2o.experiments.environment import environment
+from hf_sl2o.foundation.files import save_json
+from hf_sl2o.rules import SHIPPED_RULES
 
 ARMS = ["sl2o", "subspace_adamw", "subspace_adamw_orthonormal", "subspace_momentum", "adamw"]
 

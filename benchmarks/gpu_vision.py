@@ -26,7 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
 
-from checks import parse_options, run_script  # noqa: E402
+from hf_sl2o.experiments.command_line.flags import parse_options  # noqa: E402
+from hf_sl2o.experiments.command_line.script import run_script  # noqa: E402
 
 RESNET = (
     "--quick_grid --validation_rows 2000 --eval_steps 10 --logging_steps 10 --max_steps 300 --meta_epochs 12 "
@@ -89,7 +90,7 @@ def command_line(job: str, options: argparse.Namespace) -> list[str]:
 
 def arms_of(job: str, options: argparse.Namespace) -> tuple[str, ...]:
     """The job's arms, and one for each rule that `--set JOB rules=...` names."""
-    from cifar_pipeline import rule_arms
+    from hf_sl2o.experiments.arms import rule_arms
 
     flags = command_line(job, options)
     rules = flags[flags.index("--rules") + 1 :] if "--rules" in flags else []
@@ -99,7 +100,7 @@ def arms_of(job: str, options: argparse.Namespace) -> tuple[str, ...]:
 
 def parse(job: str, options: argparse.Namespace) -> tuple[Any, tuple[str, ...], Any]:
     """The recipe's and the Trainer's arguments of a job, and its arms."""
-    from command_line import parse_recipe
+    from hf_sl2o.experiments.command_line.recipe import parse_recipe
 
     module: Any = importlib.import_module(JOBS[job].recipe)
     recipe, args = parse_recipe(module.RecipeArguments, command_line(job, options), module.DEFAULTS)
@@ -113,7 +114,7 @@ def child(options: argparse.Namespace) -> None:
     if what == "arms":
         module.main([*command_line(job, options), "--arms", *rest])
         return
-    from tuning import choices
+    from hf_sl2o.experiments.tuning import choices
 
     parsed, _, args = parse(job, options)
     recipe = module.Recipe(parsed, args)
@@ -135,17 +136,16 @@ def gather(job: str, options: argparse.Namespace) -> None:
 
     Weights and bases are too large to be brought along and are not needed: what the runs kept is.
     """
-    from kept_files import read_object
-
     from hf_sl2o import Layout, LSTMRule, RandomBasis
-    from hf_sl2o.comparison import environment
-    from hf_sl2o.files import save_json
+    from hf_sl2o.experiments.environment import environment
+    from hf_sl2o.experiments.kept.files import read_object
+    from hf_sl2o.foundation.files import save_json
 
     class Gathered(importlib.import_module(JOBS[job].recipe).Recipe):  # type: ignore[misc]
         def train_base(self, *of: Any) -> None:
             pass
 
-        def run(self, folder: Path, *of: Any, **objects: Any) -> Any:
+        def train_once(self, folder: Path, *of: Any, **objects: Any) -> Any:
             known = read_object(folder / "run.json") if (folder / "run.json").is_file() else {}
             if "eval" not in known:
                 raise ValueError(f"{folder} holds no finished run; finish it where it began and bring it here")
@@ -172,15 +172,15 @@ def gather(job: str, options: argparse.Namespace) -> None:
     else:
         basis = recipe.load_basis()
     runs = recipe.train(basis, LSTMRule(recipe.rule_config()))
-    comparison = recipe.compare(runs, stages)
+    comparison = recipe.write(runs, stages)
     comparison |= {"environment": read_object(recipe.folder / "environment.json"), "gathered": environment(ROOT)}
     comparison["training"]["tf32"] = tf32
     save_json(recipe.folder / "comparison.json", comparison)
 
 
 def run(job: str, recipe: Any, arms: tuple[str, ...], options: argparse.Namespace, slots: threading.Semaphore) -> None:
-    from hf_sl2o.comparison import environment
-    from hf_sl2o.files import save_json
+    from hf_sl2o.experiments.environment import environment
+    from hf_sl2o.foundation.files import save_json
 
     plan, start = JOBS[job], time.perf_counter()
     save_json(options.output_dir / job / "environment.json", environment(ROOT))  # for --gather on another machine
@@ -258,8 +258,8 @@ def main(argv: list[str] | None = None) -> None:
         for job in options.jobs:
             gather(job, options)
         return
-    from cifar_data import parquet_file
-    from command_line import check_together
+    from hf_sl2o.experiments.arguments import check_together
+    from hf_sl2o.experiments.data.cifar import parquet_file
 
     if str(options.data) not in ("embedded", "hub"):
         for split in ("train", "test"):

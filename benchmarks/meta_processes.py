@@ -24,12 +24,13 @@ import torch
 from step_cost import build
 
 from hf_sl2o import Layout, LSTMRule, MetaTrainer, MetaTrainingArguments, RandomBasis, RuleConfig, Task
-from hf_sl2o.comparison import environment
-from hf_sl2o.files import save_json
+from hf_sl2o.experiments.environment import environment
+from hf_sl2o.foundation.files import save_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 
-from checks import parse_options, run_script  # noqa: E402
+from hf_sl2o.experiments.command_line.flags import parse_options
+from hf_sl2o.experiments.command_line.script import run_script  # noqa: E402
 
 
 def worker(folder: Path, inner_steps: int) -> None:
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         entry["all"] = of
         print(f"{entry['name']:16} {entry['value']:.1f} {entry['unit']} ({min(of):.1f} to {max(of):.1f})")
     print(f"ratio {two / one:.2f}")
-    result = {"benchmark": "meta_processes", "rows": rows, "environment": environment(Path(__file__).parent)}
+    result = {"benchmark": "meta_processes", "rows": rows, "environment": environment()}
     if options.json:
         save_json(options.json, result)
     return result

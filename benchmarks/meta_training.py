@@ -47,11 +47,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from step_cost import alternating, row  # noqa: E402
 
 from hf_sl2o import Layout, LSTMRule, RandomBasis, Rule, Task, unroll  # noqa: E402
-from hf_sl2o.comparison import environment, peak_bytes, reset_peak  # noqa: E402
-from hf_sl2o.files import save_json  # noqa: E402
-from hf_sl2o.tasks import InnerRun  # noqa: E402
-from recipes.checks import parse_options, run_script  # noqa: E402
-from recipes.networks import resnet8, resnet18  # noqa: E402
+from hf_sl2o.experiments.command_line.flags import parse_options  # noqa: E402
+from hf_sl2o.experiments.command_line.script import run_script  # noqa: E402
+from hf_sl2o.experiments.environment import environment, peak_bytes, reset_peak  # noqa: E402
+from hf_sl2o.experiments.tasks.networks import resnet8, resnet18  # noqa: E402
+from hf_sl2o.foundation.files import save_json  # noqa: E402
+from hf_sl2o.meta.task import InnerRun  # noqa: E402
 
 NETWORKS = {"resnet8": (resnet8, 128), "resnet18": (resnet18, 32)}  # images in a batch
 DIM = 40
@@ -300,7 +301,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         text = f"{entry['name']:34} {entry['value']:.4g} {entry['unit']} (quartiles {low:.4g} to {high:.4g})"
         notes = [f"{key} {entry[key]['ratio']:.3f} x" for key in ("live", "detached_losses") if key in entry]
         print(f"{text}  {entry['ratio']:.3f} x baseline", *notes, sep="  ")
-    result = {"benchmark": "meta_training", "rows": rows, "environment": environment(Path(__file__).parent)}
+    result = {"benchmark": "meta_training", "rows": rows, "environment": environment()}
     if options.json:
         save_json(options.json, result)
     return result

@@ -8,9 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hf_sl2o.comparison import table
-from hf_sl2o.files import load_json
-from recipes.levels import paid_for_rules
+from hf_sl2o.experiments.levels import paid_for_rules
+from hf_sl2o.experiments.table import table
+from hf_sl2o.foundation.files import load_json
 
 BLOCKS = {
     "e2e": ROOT / "recipes" / "results" / "gpt2_e2e.json",

@@ -17,12 +17,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sl2o import Layout, LSTMRule, RandomBasis, SubspaceOptimizer
-from hf_sl2o.comparison import environment
-from hf_sl2o.files import save_json
+from hf_sl2o.experiments.environment import environment
+from hf_sl2o.foundation.files import save_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 
-from checks import parse_options, run_script  # noqa: E402
+from hf_sl2o.experiments.command_line.flags import parse_options
+from hf_sl2o.experiments.command_line.script import run_script  # noqa: E402
 
 SIZES = {"tiny": (2, 2, 64, 1000), "gpt2": (12, 12, 768, 50257)}  # layers, heads, width, vocabulary
 
@@ -125,7 +126,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--size", choices=sorted(SIZES), default="tiny")
     options = parse_options(parser, argv)
     rows = benchmark(options.size, rounds=30 if options.quick else 200)
-    result = {"benchmark": "step_cost", "rows": rows, "environment": environment(Path(__file__).parent)}
+    result = {"benchmark": "step_cost", "rows": rows, "environment": environment()}
     for entry in rows:
         ratio = "" if entry["ratio"] is None else f"  {entry['ratio']:.3f} x baseline"
         low, high = entry["quartiles"]

@@ -19,15 +19,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 
-from checks import parse_options, run_script  # noqa: E402
-from cifar_data import ImageSet, as_is, load_cifar  # noqa: E402
-from networks import Classifier, resnet8, resnet20  # noqa: E402
 from step_cost import row, synchronize  # noqa: E402
 from transformers import PrinterCallback  # noqa: E402
 
 from hf_sl2o import Layout, RandomBasis, SL2OTrainer, SL2OTrainingArguments, SubspaceOptimizer  # noqa: E402
-from hf_sl2o.comparison import environment  # noqa: E402
-from hf_sl2o.files import save_json  # noqa: E402
+from hf_sl2o.experiments.command_line.flags import parse_options
+from hf_sl2o.experiments.command_line.script import run_script  # noqa: E402
+from hf_sl2o.experiments.data.cifar import ImageSet, as_is, load_cifar  # noqa: E402
+from hf_sl2o.experiments.environment import environment  # noqa: E402
+from hf_sl2o.experiments.tasks.networks import Classifier, resnet8, resnet20  # noqa: E402
+from hf_sl2o.foundation.files import save_json  # noqa: E402
 
 BATCH, DIM = 128, 40
 NETWORKS = {"resnet8": resnet8, "resnet20": resnet20}
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         rows.append(row(f"{name}/share_outside", share, "of a step"))
     result = {
         "benchmark": "vision_overhead", "rows": rows, "batch": BATCH, "steps": steps, "rounds": rounds,
-        "environment": environment(Path(__file__).parent),
+        "environment": environment(),
     }  # fmt: skip
     for entry in rows:
         ratio = "" if entry["ratio"] is None else f"  {entry['ratio']:.3f} x bare"

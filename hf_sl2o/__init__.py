@@ -5,19 +5,21 @@ Importing the package adds `optim="sl2o"`, `"subspace_adamw"` and `"subspace_sgd
 
 import warnings
 
-from .arguments import SL2OTrainingArguments
-from .batch_norm import BatchNormCallback, recalibrate_batch_norm
-from .build import SubspaceOptimizerFactory, build_optimizer
-from .callbacks import SubspaceLogCallback, TrajectoryCallback
-from .estimators import PES, Estimator, FirstOrder, SecondOrder, unroll
-from .meta import MetaTrainer
-from .meta_arguments import MetaTrainingArguments
+from .meta import PES, Estimator, FirstOrder, MetaTrainer, MetaTrainingArguments, SecondOrder, Task, train_on, unroll
 from .optim import LearnedOptimizer, SubspaceOptimizer
-from .registry import register
-from .rule import LSTMRule, Rule, RuleConfig, RuleState, SymbolicRule
+from .rules import LSTMRule, Rule, RuleConfig, RuleState, SymbolicRule
 from .subspace import Basis, DenseBasis, IdentityBasis, Layout, RandomBasis, Trajectory, fit_basis
-from .tasks import Task, train_on
-from .trainer import SL2OTrainer
+from .training import (
+    BatchNormCallback,
+    SL2OTrainer,
+    SL2OTrainingArguments,
+    SubspaceLogCallback,
+    SubspaceOptimizerFactory,
+    TrajectoryCallback,
+    build_optimizer,
+    recalibrate_batch_norm,
+    register,
+)
 
 __version__ = "0.1.0"
 

@@ -24,9 +24,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from .registry import register
+from .training.registration import register
 
-_STARTUP = str(Path(__file__).resolve().parent / "startup")
+_STARTUP = str(Path(__file__).resolve().parent / "training" / "startup")
 _USAGE = "usage: python -m hf_sl2o.run (SCRIPT.py | -m MODULE | COMMAND) [ARGUMENTS ...]"
 
 

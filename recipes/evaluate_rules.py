@@ -12,57 +12,35 @@ decays linearly to zero. Killed and started again it goes on.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checks import load_named, parse_options, run_script
-from kept_files import read_object
-from meta_tasks import arms_of, check_tasks, full_space_loss, lora_task, subspace_task
-
 from hf_sl2o import Rule
-from hf_sl2o.comparison import compare_on, environment, mean_steps_to, plot_tasks, steps_to
-from hf_sl2o.files import save_json
-from hf_sl2o.registry import SHIPPED_RULES
+from hf_sl2o.experiments.command_line.flags import load_named, parse_options
+from hf_sl2o.experiments.command_line.script import run_script
+from hf_sl2o.experiments.command_line.study import finish, study_parser
+from hf_sl2o.experiments.figures import plot_tasks
+from hf_sl2o.experiments.judging import OURS, TOLERANCE, judge, summary
+from hf_sl2o.experiments.kept.files import read_object
+from hf_sl2o.experiments.on_task import compare_on
+from hf_sl2o.experiments.tasks.named import arms_of, check_tasks, full_space_loss, lora_task, subspace_task
+from hf_sl2o.rules import SHIPPED_RULES
 
 # Fixed before the rules were trained; none is in recipes/meta_train.py.
 UNSEEN = {
     "default": ("cifar-resnet8", "cifar-vit", "docs-gru"),
     "default-lora": ("e2e-gpt2", "cifar-vit", "code-llama"),
 }
-OURS = ("sl2o", "sl2o_last")  # the rule as a Trainer has it, and without the running average
-TOLERANCE = 1.01  # a level counts as reached within 1 %, as in recipes/gpt2_e2e.py: single losses are noisy
-
-
-def judge(runs: Mapping[str, Any]) -> dict[str, Any]:
-    """Steps of each arm to the final mean loss of each baseline: within the tolerance, exactly, and of mean curves."""
-    curves = {name: [[point[:2] for point in curve] for curve in run["eval_per_seed"]] for name, run in runs.items()}
-    levels = {name: run["final_eval_loss"] for name, run in runs.items() if name not in OURS}
-    return {
-        name: {
-            "loss": level,
-            "steps": {arm: mean_steps_to(of, TOLERANCE * level) for arm, of in curves.items()},
-            "steps_exact": {arm: mean_steps_to(of, level) for arm, of in curves.items()},
-            # of the mean over seeds: defined where one noisy seed ends just above the level
-            "steps_of_mean": {arm: steps_to(run["eval"], TOLERANCE * level) for arm, run in runs.items()},
-        }
-        for name, level in levels.items()
-    }
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(
+        __doc__, data="embedded", steps=200, seeds=3, rank=8, output_dir=Path("outputs/evaluate_rules"),
+        tasks_dir=Path("outputs/meta_train/tasks"),
+    )  # fmt: skip
     parser.add_argument("--what", choices=sorted(UNSEEN), default="default")
     parser.add_argument("--rule", help="a folder or Hub id; default: the shipped rule of that name")
     parser.add_argument("--tasks", nargs="+", help="default: the unseen ones")
-    parser.add_argument("--data", default="embedded", help="embedded, or a folder with e2e_nlg and cifar10")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rank", type=int, default=8, help="of the LoRA factors")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/evaluate_rules"))
-    parser.add_argument("--tasks_dir", type=Path, default=Path("outputs/meta_train/tasks"))
-    parser.add_argument("--json", type=Path)
     options = parse_options(parser, argv)
     names = options.tasks or UNSEEN[options.what]
     check_tasks(names, options.data, plain=True, lora=options.what == "default-lora")
@@ -94,14 +72,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         },
         "tasks": results,
         "summary": summary(results),
-        "environment": environment(Path(__file__).parent),
     }
     for level, entry in result["summary"].items():
         print(f"mean over tasks, steps over those of {level} to {level}'s final loss: {entry['mean_ratios']}")
-    if options.json:
-        save_json(options.json, result)
-        plot_tasks({name: entry["runs"] for name, entry in results.items()}, options.json.with_suffix(".png"))
-    return result
+    draw = lambda _, path: plot_tasks({name: entry["runs"] for name, entry in results.items()}, path)  # noqa: E731
+    return finish(result, options.json, draw)
 
 
 def provenance(folder: str | Path) -> Any:
@@ -110,24 +85,6 @@ def provenance(folder: str | Path) -> Any:
         return None
     known = read_object(path)
     return {key: known[key] for key in ("command", "tasks", "seconds") if key in known}
-
-
-def summary(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Per baseline: steps of each of ours over its own (of mean curves), and their means; None where one never is."""
-    first = next(iter(results.values()))["levels"]
-    out = {}
-    for level in first:
-        ratios: dict[str, dict[str, float | None]] = {arm: {} for arm in OURS if arm in first[level]["steps_of_mean"]}
-        for name, entry in results.items():
-            steps = entry["levels"][level]["steps_of_mean"]
-            for arm, of_arm in ratios.items():
-                of_arm[name] = None if steps[arm] is None or not steps[level] else steps[arm] / steps[level]
-        means = {}
-        for arm, of_arm in ratios.items():
-            known = [ratio for ratio in of_arm.values() if ratio is not None]
-            means[arm] = sum(known) / len(known) if len(known) == len(of_arm) else None
-        out[level] = {"ratios": ratios, "mean_ratios": means}
-    return out
 
 
 if __name__ == "__main__":

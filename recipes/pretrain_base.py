@@ -15,9 +15,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from checks import parse_options, run_script
-from meta_tasks import check_tasks, pretrained_base
-from problems import PROBLEMS
+
+from hf_sl2o.experiments.command_line.flags import parse_options
+from hf_sl2o.experiments.command_line.script import run_script
+from hf_sl2o.experiments.tasks.named import check_tasks, pretrained_base
+from hf_sl2o.experiments.tasks.problems import PROBLEMS
 
 NAMES = ("digits-mlp", "docs-gpt2", "e2e-gpt2", "cifar-vit", "code-llama")
 

@@ -1,4 +1,4 @@
-"""Trains ResNet, VGG or MobileNet on CIFAR in a learned subspace, beside the paper's baselines; stages: pipeline.py.
+"""Trains ResNet, VGG or MobileNet on CIFAR in a learned subspace, beside the paper's baselines.
 
     python recipes/resnet_cifar.py --demo                                      # 2 cores, minutes, no download
     python recipes/resnet_cifar.py --data PATH --model resnet8 --trajectory_steps 2000 --max_steps 400   # 2 cores
@@ -19,18 +19,19 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
-from arms import Arm, grid, stamp
-from checks import run_script
-from cifar_data import ImageSet
-from cifar_pipeline import TRAINER_DEFAULTS, CifarArguments, CifarPipeline
-from command_line import run_recipe
-from kept_files import keep, kept, only_writer
-from networks import Classifier, mobilenet_v2, resnet8, resnet18, resnet20, vgg16
-from p_bfgs import p_bfgs
-from problems import with_batch_statistics
 from torch import nn
 
 from hf_sl2o import Basis, BatchNormCallback, SL2OTrainingArguments, recalibrate_batch_norm
+from hf_sl2o.experiments.arms import Arm, grid
+from hf_sl2o.experiments.command_line.recipe import run_recipe
+from hf_sl2o.experiments.command_line.script import run_script
+from hf_sl2o.experiments.data.cifar import ImageSet
+from hf_sl2o.experiments.images import IMAGE_DEFAULTS, CifarArguments, CifarComparison
+from hf_sl2o.experiments.kept.files import keep, kept, only_writer
+from hf_sl2o.experiments.kept.keys import stamp
+from hf_sl2o.experiments.p_bfgs import p_bfgs
+from hf_sl2o.experiments.tasks.networks import Classifier, mobilenet_v2, resnet8, resnet18, resnet20, vgg16
+from hf_sl2o.experiments.tasks.problems import with_batch_statistics
 
 MODELS = {
     "resnet8": resnet8, "resnet18": resnet18, "resnet20": resnet20, "vgg16": vgg16, "mobilenetv2": mobilenet_v2,
@@ -77,7 +78,7 @@ TUNED: dict[str, Arm] = {
 }
 
 #: Of the command line, where the user sets nothing else.
-DEFAULTS = {"output_dir": "outputs/resnet_cifar", **TRAINER_DEFAULTS}
+DEFAULTS = {"output_dir": "outputs/resnet_cifar", **IMAGE_DEFAULTS}
 
 
 @dataclass
@@ -104,7 +105,7 @@ class RecipeArguments(CifarArguments):
             self.train_rows = self.train_rows or 5000
 
 
-class Recipe(CifarPipeline):
+class Recipe(CifarComparison):
     """Convolutional networks for the stages."""
 
     peak_of = "momentum"

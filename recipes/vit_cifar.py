@@ -20,14 +20,6 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import PartialState
-from arms import Arm, digest, grid, stamp
-from checks import load_named, run_script
-from cifar_data import batches, load_cifar, normalize
-from cifar_pipeline import TRAINER_DEFAULTS, CifarArguments, CifarPipeline
-from command_line import run_recipe
-from kept_files import tensors_once
-from meta_tasks import train_full
-from problems import Problem
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -39,6 +31,16 @@ from transformers import (
 )
 
 from hf_sl2o import RuleConfig, SL2OTrainingArguments
+from hf_sl2o.experiments.arms import Arm, grid
+from hf_sl2o.experiments.command_line.flags import load_named
+from hf_sl2o.experiments.command_line.recipe import run_recipe
+from hf_sl2o.experiments.command_line.script import run_script
+from hf_sl2o.experiments.data.cifar import batches, load_cifar, normalize
+from hf_sl2o.experiments.images import IMAGE_DEFAULTS, CifarArguments, CifarComparison
+from hf_sl2o.experiments.kept.files import tensors_once
+from hf_sl2o.experiments.kept.keys import digest, stamp
+from hf_sl2o.experiments.tasks.named import train_full
+from hf_sl2o.experiments.tasks.problems import Problem
 
 HUB = {"deit-base": "facebook/deit-base-distilled-patch16-224", "vit-base": "google/vit-base-patch16-224-in21k"}
 SIZES = {"small": (64, 4, 4), "deit-tiny": (192, 12, 3)}  # width, layers, heads; 4 x 4 patches of 32 x 32 pixels
@@ -54,7 +56,7 @@ ARMS: dict[str, Arm] = {
 }
 
 #: Of the command line, where the user sets nothing else.
-DEFAULTS = {"output_dir": "outputs/vit_cifar", **TRAINER_DEFAULTS, "per_device_train_batch_size": 64}
+DEFAULTS = {"output_dir": "outputs/vit_cifar", **IMAGE_DEFAULTS, "per_device_train_batch_size": 64}
 
 
 @dataclass
@@ -91,7 +93,7 @@ class RecipeArguments(CifarArguments):
             self.eval_rows, self.validation_rows, self.train_rows = 500, 500, self.train_rows or 4000
 
 
-class Recipe(CifarPipeline):
+class Recipe(CifarComparison):
     """Vision transformers for the stages."""
 
     recorded_arm = peak_of = "adamw"

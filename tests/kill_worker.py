@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from hf_sl2o import LSTMRule, RuleConfig, SL2OTrainer, SL2OTrainingArguments, Trajectory, TrajectoryCallback
-from hf_sl2o.files import load_json, load_tensors
+from hf_sl2o.foundation.files import load_json, load_tensors
 
 from .conftest import Tokens, random_dense, tiny_gpt2
 from .meta_cases import end_of, make

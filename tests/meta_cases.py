@@ -9,7 +9,7 @@ from hf_sl2o import (
     MetaTrainingArguments,
     RuleConfig,
 )
-from hf_sl2o.files import load_json, load_tensors
+from hf_sl2o.foundation.files import load_json, load_tensors
 
 from .conftest import random_dense
 from .test_meta import data, make_task

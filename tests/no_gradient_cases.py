@@ -4,8 +4,8 @@ import torch
 from transformers import TrainingArguments
 
 from hf_sl2o import LSTMRule, Rule, RuleConfig, SymbolicRule
-from hf_sl2o.registry import load_rule
-from hf_sl2o.rule_config import EXPRESSIONS
+from hf_sl2o.rules import load_rule
+from hf_sl2o.rules.config import EXPRESSIONS
 
 SHIPPED = ["default", "default-lora", "paper-cnn", "paper-transformer"]
 

@@ -93,7 +93,7 @@ def outcome(action):
 
 def comparisons(rank):
     """Of the function itself."""
-    from hf_sl2o.ranks import check_same_on_all_ranks as check
+    from hf_sl2o.foundation.ranks import check_same_on_all_ranks as check
 
     facts = {"seed": 1, "groups": [{"lr": 1.0}], "rule": {"hidden": 4, "weights": "ab"}, "none": None}
     yield "same", lambda: check(facts, "test")

@@ -20,7 +20,7 @@ from hf_sl2o import (
     train_on,
 )
 from hf_sl2o.optim import average_weight
-from hf_sl2o.registry import build_optimizer
+from hf_sl2o.training.build import build_optimizer
 from tests.conftest import Tokens, random_dense, tiny_gpt2
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_sl2o import Basis, DenseBasis, IdentityBasis, Layout, RandomBasis, files
+from hf_sl2o import Basis, DenseBasis, IdentityBasis, Layout, RandomBasis
+from hf_sl2o.foundation import files
 
 from .conftest import random_dense
 

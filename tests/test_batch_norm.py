@@ -22,7 +22,7 @@ from hf_sl2o import (
     SL2OTrainingArguments,
     recalibrate_batch_norm,
 )
-from hf_sl2o.batch_norm import has_running_statistics
+from hf_sl2o.training.batch_norm import has_running_statistics
 
 
 class Net(nn.Module):

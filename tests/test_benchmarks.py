@@ -10,8 +10,8 @@ import torch
 
 import benchmarks.gpu_vision as gpu_vision
 import recipes.resnet_cifar as resnet_cifar
-from hf_sl2o.files import load_json, save_json
-from recipes.e2e_embedded import write_csv
+from hf_sl2o.experiments.data.e2e_embedded import write_csv
+from hf_sl2o.foundation.files import load_json, save_json
 
 ROOT = Path(__file__).parent.parent
 

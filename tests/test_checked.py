@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_sl2o import Basis, DenseBasis, Layout, LSTMRule, MetaTrainingArguments, RandomBasis, Rule, RuleConfig
-from hf_sl2o.checkpoints import MANIFEST
-from hf_sl2o.files import json_checksum, load_json, load_tensors, save_json, save_tensors, sealed, sha256_of
-from hf_sl2o.registry import SHIPPED_RULES
-from hf_sl2o.rule_config import check_average
+from hf_sl2o.foundation.files import json_checksum, load_json, load_tensors, save_json, save_tensors, sealed, sha256_of
+from hf_sl2o.meta.checkpoints import MANIFEST
+from hf_sl2o.rules import SHIPPED_RULES
+from hf_sl2o.rules.config import check_average
 
 from .conftest import random_dense
 from .meta_cases import end_of, make, same

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import hf_sl2o
-from hf_sl2o.files import load_json
+from hf_sl2o.foundation.files import load_json
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "RESULTS.md"))
@@ -73,7 +73,7 @@ def test_results_name_no_folder_of_the_machine_they_were_made_on():
             for entry in value.values() if isinstance(value, dict) else value:
                 yield from strings(entry)
 
-    found = [*ROOT.glob("*/results/*.json"), *ROOT.glob("hf_sl2o/pretrained/*/*.json")]
+    found = [*ROOT.glob("*/results/*.json"), *ROOT.glob("hf_sl2o/rules/shipped/*/*.json")]
     assert len(found) > 10
     for path in found:
         for text in strings(json.loads(path.read_text())):
@@ -117,7 +117,7 @@ def test_versions_agree():
 
 def test_shipped_rules_say_how_they_were_made():
     for name in ("default", "default-lora"):
-        folder = ROOT / "hf_sl2o" / "pretrained" / name
+        folder = ROOT / "hf_sl2o" / "rules" / "shipped" / name
         provenance = load_json(folder / "provenance.json")
         assert provenance["command"].startswith("python recipes/") and provenance["environment"]["commit"]
         assert hf_sl2o.Rule.from_pretrained(folder).config.expression is None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.e2e_embedded import generate, write_csv
+from hf_sl2o.experiments.data.e2e_embedded import generate, write_csv
 
 ROOT = Path(__file__).parent.parent
 SAID = {  # written down apart from the generator's tables
@@ -38,7 +38,7 @@ def digest(rows):
 
 
 def test_same_rows_in_another_process_with_another_hash_seed():
-    code = "import json,hashlib; from recipes.e2e_embedded import generate as g; "
+    code = "import json,hashlib; from hf_sl2o.experiments.data.e2e_embedded import generate as g; "
     code += "print(hashlib.sha256(json.dumps(g('train', 50)).encode()).hexdigest())"
     env = {"PYTHONHASHSEED": "17", "PATH": "/usr/bin:/bin"}
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)

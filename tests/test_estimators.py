@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_sl2o import PES, FirstOrder, IdentityBasis, Layout, LSTMRule, RuleConfig, SecondOrder, Task, unroll
-from hf_sl2o.tasks import InnerRun
+from hf_sl2o.meta.task import InnerRun
 
 from .conftest import random_dense
 from .test_meta import DOUBLE, make_task, network

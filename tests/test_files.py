@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_sl2o import Trajectory
-from hf_sl2o.files import (
+from hf_sl2o.foundation.files import (
     check_finite,
     check_seal,
     load_json,
@@ -25,13 +25,13 @@ from hf_sl2o.files import (
     sealed,
     write_atomically,
 )
-from hf_sl2o.locks import lock_folder
-from hf_sl2o.partials import temporary_name
+from hf_sl2o.foundation.locks import lock_folder
+from hf_sl2o.foundation.partials import temporary_name
 
 WRITER = """
 import sys, torch
 from pathlib import Path
-from hf_sl2o.files import json_writer, save_tensors
+from hf_sl2o.foundation.files import json_writer, save_tensors
 print("ready", flush=True)
 value = 0
 while True:
@@ -233,7 +233,7 @@ def test_a_lock_is_free_again_and_a_child_does_not_keep_it(tmp_path):
     code = f"""
 import os, sys, time
 from pathlib import Path
-from hf_sl2o.locks import lock_folder
+from hf_sl2o.foundation.locks import lock_folder
 lock = lock_folder(Path({str(tmp_path)!r}))
 if os.fork() == 0:
     sys.stdout.close()

@@ -23,7 +23,15 @@ from hf_sl2o import (
     Trajectory,
     fit_basis,
 )
-from hf_sl2o.files import checksum_of, json_checksum, load_metadata, load_tensors, save_json, save_tensors, sha256_of
+from hf_sl2o.foundation.files import (
+    checksum_of,
+    json_checksum,
+    load_metadata,
+    load_tensors,
+    save_json,
+    save_tensors,
+    sha256_of,
+)
 
 from .conftest import random_dense
 from .meta_cases import make

@@ -9,15 +9,25 @@ import sys
 import time
 from pathlib import Path
 
-import kept_files
-import kept_run
 import pytest
 import torch
-from arms import Arm, stage
-from kept_files import Busy, copy_checkpoints, keep, kept, made_once, only_writer, sweep, tensors_once
 
 from hf_sl2o import IdentityBasis, Layout, LSTMRule, RuleConfig, SL2OTrainer, SL2OTrainingArguments
-from hf_sl2o.partials import temporary_name
+from hf_sl2o.experiments.arms import Arm
+from hf_sl2o.experiments.kept import files as kept_files
+from hf_sl2o.experiments.kept import run as kept_run
+from hf_sl2o.experiments.kept.files import (
+    Busy,
+    copy_checkpoints,
+    keep,
+    kept,
+    made_once,
+    only_writer,
+    sweep,
+    tensors_once,
+)
+from hf_sl2o.experiments.kept.stage import stage
+from hf_sl2o.foundation.partials import temporary_name
 
 from .conftest import Tokens, random_dense, tiny_gpt2
 
@@ -85,7 +95,7 @@ def test_a_kill_at_any_deletion_of_a_rotation_changes_nothing(tmp_path, capfd):
 def test_a_damaged_result_is_made_anew(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     result, path = run(folder), folder / "run.json"
-    monkeypatch.setattr(kept_run.RecipeTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr(kept_run.ArmTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
     assert run(folder)["eval"] == result["eval"]
     content = path.read_text()
     last = str(result["eval"][-1][1])
@@ -114,9 +124,9 @@ def test_an_unfinished_checkpoint_is_before_the_last_step_and_the_only_later_one
 
 HOLD = """
 import sys, time
-sys.path[:0] = {paths!r}
+sys.path.insert(0, {root!r})
 from pathlib import Path
-from kept_files import only_writer
+from hf_sl2o.experiments.kept.files import only_writer
 with only_writer(Path({path!r})):
     print("held", flush=True)
     time.sleep(60)
@@ -127,7 +137,7 @@ with only_writer(Path({path!r})):
 def another(tmp_path):
     """A living process that writes tmp_path/run."""
     root = Path(__file__).parent.parent
-    code = HOLD.format(paths=[str(root), str(root / "recipes")], path=str(tmp_path / "run"))
+    code = HOLD.format(root=str(root), path=str(tmp_path / "run"))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     yield process
@@ -185,7 +195,7 @@ def test_children_that_outlive_a_killed_process_do_not_hold_its_lock(tmp_path):
 @pytest.mark.parametrize("identity", [False, True])
 def test_arms_are_what_the_trainer_makes_of_the_same_arguments(tmp_path, optim, lr, options, identity):
     found = []
-    for cls in (SL2OTrainer, kept_run.RecipeTrainer):
+    for cls in (SL2OTrainer, kept_run.ArmTrainer):
         model = tiny_gpt2()
         layout = Layout.from_named_parameters(model.named_parameters())
         objects = {"basis": IdentityBasis(layout) if identity else random_dense(model.named_parameters())}

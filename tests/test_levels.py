@@ -1,13 +1,21 @@
-"""recipes/levels.py by hand: steps to losses and to accuracies, the fastest rate of a grid, what was paid before."""
+"""Levels by hand: steps to losses and to accuracies, the fastest rate of a grid, what was paid before."""
 
 import copy
 
 import pytest
 import torch
 
-from hf_sl2o.files import save_json
-from recipes.arms import digest, portable
-from recipes.levels import amortised, fastest, meta_training_steps, paid_for_rules, to_accuracies, to_losses
+from hf_sl2o.experiments.environment import portable
+from hf_sl2o.experiments.kept.keys import digest
+from hf_sl2o.experiments.levels import (
+    amortised,
+    fastest,
+    meta_training_steps,
+    paid_for_rules,
+    to_accuracies,
+    to_losses,
+)
+from hf_sl2o.foundation.files import save_json
 
 RUNS = {
     "one": {

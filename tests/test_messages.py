@@ -24,7 +24,7 @@ from hf_sl2o import (
     SL2OTrainingArguments,
     build_optimizer,
 )
-from hf_sl2o.build import SHIPPED_RULES, load_rule
+from hf_sl2o.rules import SHIPPED_RULES, load_rule
 
 from .conftest import Tokens, random_dense, tiny_gpt2
 
@@ -65,7 +65,7 @@ def test_an_unknown_rule_is_answered_with_those_that_ship(monkeypatch):
 def test_optim_args_that_say_nothing(given, message, tmp_path):
     trainer = Trainer(tiny_gpt2(), arguments(tmp_path, optim_args=given), train_dataset=Tokens())
     with pytest.raises(ValueError, match=message):
-        trainer.create_optimizer()
+        trainer.train()
 
 
 # Another optimizer's state

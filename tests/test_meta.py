@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hf_sl2o import LSTMRule, MetaTrainer, MetaTrainingArguments, Rule, RuleConfig, SymbolicRule, Task, unroll
-from hf_sl2o.tasks import InnerRun
+from hf_sl2o.meta.task import InnerRun
 
 from .conftest import random_dense
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_sl2o.files import load_json
+from hf_sl2o.foundation.files import load_json
 
 from .meta_ranks_worker import CASES
 from .meta_worker import SCENARIOS, train

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-import hf_sl2o.meta
+import hf_sl2o.meta.trainer
 from hf_sl2o import (
     PES,
     FirstOrder,
@@ -17,8 +17,8 @@ from hf_sl2o import (
     SecondOrder,
     train_on,
 )
-from hf_sl2o.episodes import Episode
-from hf_sl2o.tasks import InnerRun
+from hf_sl2o.meta.episodes import Episode
+from hf_sl2o.meta.task import InnerRun
 
 from .meta_cases import dropout_network, end_of, episodes, exploding_task, make, same, scores, small_rule, two_tasks
 from .test_meta import comparable, data, loss, make_task
@@ -291,7 +291,7 @@ def test_bad_input(tmp_path, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             make(tmp_path, **options)
-    monkeypatch.setattr(hf_sl2o.meta.Accelerator, "num_processes", property(lambda self: 3))
+    monkeypatch.setattr(hf_sl2o.meta.trainer.Accelerator, "num_processes", property(lambda self: 3))
     with pytest.raises(ValueError, match="3 processes share 2 episodes.*raise episodes_per_task"):
         make(tmp_path)
     make(tmp_path, episodes_per_task=2)

@@ -4,22 +4,21 @@ import dataclasses
 import itertools
 import json
 
-import evaluate_rules  # recipes/ is on the path, as it is where a recipe runs
-import meta_tasks
-import meta_train
-import pretrain_base
-import problems
 import pytest
-import study_average
-import study_estimators
-import study_inputs
-import study_transfer
-import study_unroll
-import study_width
 import torch
 
 from hf_sl2o import LSTMRule, Rule, RuleConfig
-from hf_sl2o.comparison import Arm, compare_on
+from hf_sl2o.experiments import plans as plans_of
+from hf_sl2o.experiments.on_task import TaskArm, compare_on
+from hf_sl2o.experiments.tasks import named as meta_tasks
+from hf_sl2o.experiments.tasks import problems
+from recipes import evaluate_rules, meta_train, pretrain_base
+from recipes.studies import average as study_average
+from recipes.studies import estimators as study_estimators
+from recipes.studies import inputs as study_inputs
+from recipes.studies import transfer as study_transfer
+from recipes.studies import unroll as study_unroll
+from recipes.studies import width as study_width
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
@@ -41,9 +40,9 @@ def plans(monkeypatch):
         ("default", ("digits-mlp@8",)),
         ("default-lora", ("digits-mlp-lora2",)),
     ):
-        plan = meta_train.PLANS[name]
+        plan = plans_of.PLANS[name]
         stages = tuple(dataclasses.replace(stage, tasks=tasks) for stage in plan.stages)
-        monkeypatch.setitem(meta_train.PLANS, name, dataclasses.replace(plan, stages=stages))
+        monkeypatch.setitem(plans_of.PLANS, name, dataclasses.replace(plan, stages=stages))
 
 
 SMALL = ["--meta_epochs", "2", "--inner_steps", "20", "--unroll_length", "10", "--use_cpu", "--disable_tqdm"]
@@ -90,7 +89,7 @@ def test_a_rule_is_made_and_judged(rule, short, plans, tmp_path, capsys):
 def test_unseen_tasks_are_unseen():
     for name, unseen in evaluate_rules.UNSEEN.items():
         provenance = json.loads((evaluate_rules.SHIPPED_RULES / name / "provenance.json").read_text())
-        of_plan = dict.fromkeys(task for stage in meta_train.PLANS[name].stages for task in stage.tasks)
+        of_plan = dict.fromkeys(task for stage in plans_of.PLANS[name].stages for task in stage.tasks)
         assert provenance["tasks"] == list(of_plan)  # the plan is how the shipped rule was made
         seen = {task.partition("-lora")[0].partition("@")[0] for task in provenance["tasks"]}
         assert len(unseen) >= 3 and seen <= set(problems.PROBLEMS) and not seen & set(unseen)
@@ -242,7 +241,9 @@ def test_study_of_inputs(short, plans, tmp_path):
     words += ["--judge_on", "quadratic", "--judge_steps", "20", "--runs_dir", str(tmp_path / "runs")]
     result = study_inputs.main([*words, "--json", str(tmp_path / "i.json"), *SMALL])
     assert [row["variant"] for row in result["rows"]] == ["plan", "neither"]
-    study_inputs.plot([{**row, "judged": []} for row in result["rows"]], tmp_path / "scores.png")  # of default-lora
+    study_inputs.plot(
+        {"rows": [{**row, "judged": []} for row in result["rows"]]}, tmp_path / "scores.png"
+    )  # of default-lora
     assert (tmp_path / "scores.png").stat().st_size > 5000
     for row in result["rows"]:
         assert set(row["judged"][0]) == {"subspace_adamw", "subspace_momentum", "subspace_sgd"}
@@ -257,11 +258,11 @@ def test_compare_on_widens_its_grid_and_forgets_no_key(short, tmp_path):
         return lambda c: torch.optim.SGD(c, lr=lr)
 
     cache = tmp_path / "cache"
-    runs = compare_on(task, {"sgd": Arm(sgd, (1e-4, 3e-4))}, 20, seeds=2, cache=cache)
+    runs = compare_on(task, {"sgd": TaskArm(sgd, (1e-4, 3e-4))}, 20, seeds=2, cache=cache)
     rates = [lr for lr, _ in runs["sgd"]["grid"]]
     assert len(rates) > 2 and max(rates) > 3e-4  # the best lay at the edge
     assert runs["sgd"]["final_eval_loss"] == min(mean for _, mean in runs["sgd"]["finalists"])
-    longer = compare_on(task, {"sgd": Arm(sgd, (1e-4, 3e-4))}, 30, seeds=1, cache=cache)
+    longer = compare_on(task, {"sgd": TaskArm(sgd, (1e-4, 3e-4))}, 30, seeds=1, cache=cache)
     assert longer["sgd"]["eval"][-1][0] == 30  # not what was kept of shorter runs
 
 

@@ -13,10 +13,10 @@ from hf_sl2o import (
     Rule,
     SecondOrder,
 )
-from hf_sl2o.checkpoints import MANIFEST, Checkpoints
-from hf_sl2o.episodes import Episode
-from hf_sl2o.files import load_json, save_json
-from hf_sl2o.tasks import InnerRun
+from hf_sl2o.foundation.files import load_json, save_json
+from hf_sl2o.meta.checkpoints import MANIFEST, Checkpoints
+from hf_sl2o.meta.episodes import Episode
+from hf_sl2o.meta.task import InnerRun
 
 from .meta_cases import end_of, episodes, exploding_task, make, same, scores, small_rule, two_tasks
 from .test_meta import comparable, loss, make_task

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from hf_sl2o import DenseBasis, LearnedOptimizer, SubspaceOptimizer, Task, train_on, unroll
-from hf_sl2o.registry import load_rule
-from hf_sl2o.tasks import InnerRun
+from hf_sl2o.meta.task import InnerRun
+from hf_sl2o.rules import load_rule
 
 from .conftest import Tokens, random_dense, tiny_gpt2
 from .no_gradient_cases import NAMES, SEEN, UNSEEN, arguments, copies, rules, same

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from hf_sl2o import LSTMRule, Rule, RuleConfig
-from hf_sl2o.registry import load_rule
+from hf_sl2o.rules import load_rule
 
 from .no_gradient_cases import NAMES, rules
 

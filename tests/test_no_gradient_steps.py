@@ -8,7 +8,7 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM, OPTConfig, OPTForCausalLM, Trainer, TrainingArguments
 
 from hf_sl2o import LearnedOptimizer, RuleConfig, SL2OTrainer, SL2OTrainingArguments, SubspaceOptimizer
-from hf_sl2o.registry import SHIPPED_RULES, load_rule
+from hf_sl2o.rules import SHIPPED_RULES, load_rule
 
 from .conftest import Tokens, random_dense, tiny_gpt2
 from .no_gradient_cases import SHIPPED, arguments, batch, copies, same, step

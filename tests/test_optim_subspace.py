@@ -118,7 +118,7 @@ def test_closure_is_called_once_and_lbfgs_is_refused():
     assert make(model).step(closure) == 7.0 and len(calls) == 1
     with pytest.raises(NotImplementedError, match="LBFGS evaluates a closure"):
         make(model, lambda c: torch.optim.LBFGS(c))
-    with pytest.raises(NotImplementedError, match="meta.unroll"):
+    with pytest.raises(NotImplementedError, match="hf_sl2o.unroll"):
         make(model, lambda c: LearnedOptimizer(c, _rule(), differentiable=True))
     with pytest.raises(TypeError, match="expected a torch.optim.Optimizer"):
         make(model, lambda c: c)

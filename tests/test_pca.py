@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from sklearn.decomposition import PCA, TruncatedSVD
 from torch import nn
 
-from hf_sl2o import Basis, Trajectory, files, fit_basis
-from hf_sl2o.subspace import pca
+from hf_sl2o import Basis, Trajectory, fit_basis
+from hf_sl2o.foundation import files
+from hf_sl2o.subspace import fit as pca
 from hf_sl2o.subspace.basis import start_sample
 
 NAMES = {"emb.weight": (7, 4), "h.0.w": (4, 3), "h.0.b": (3,), "h.1.w": (3, 5), "h.1.scale": ()}

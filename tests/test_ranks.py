@@ -17,16 +17,15 @@ from hf_sl2o import (
     SL2OTrainingArguments,
     SubspaceOptimizer,
 )
-from hf_sl2o.ranks import (
-    LOCAL_FIELDS,
+from hf_sl2o.foundation.ranks import (
     as_json,
     basis_facts,
     check_same_on_all_ranks,
     first_difference,
     optimizer_facts,
     rule_facts,
-    training_facts,
 )
+from hf_sl2o.training.facts import LOCAL_FIELDS, training_facts
 
 from .conftest import random_dense, tiny_gpt2
 from .ranks_worker import DIFFERENT, OTHERS, launch

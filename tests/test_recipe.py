@@ -10,21 +10,22 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import arms
-import kept_run
-import meta_stage
-import pipeline
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from hf_sl2o import Basis, Rule, SL2OTrainingArguments
-from hf_sl2o.comparison import mean_steps_to, steps_to, table
-from hf_sl2o.files import load_json
+from hf_sl2o import Basis, Rule, SL2OTrainer, SL2OTrainingArguments
+from hf_sl2o.experiments import arguments, meta_stage, training_arguments
+from hf_sl2o.experiments import comparison as pipeline
+from hf_sl2o.experiments.curves import mean_steps_to, steps_to
+from hf_sl2o.experiments.data.e2e import E2EDataset, collate, load_rows, train_tokenizer
+from hf_sl2o.experiments.data.e2e_embedded import write_csv
+from hf_sl2o.experiments.kept import keys
+from hf_sl2o.experiments.kept import run as kept_run
+from hf_sl2o.experiments.table import table
+from hf_sl2o.foundation.files import load_json
 from recipes import gpt2_e2e
-from recipes.e2e_data import E2EDataset, collate, load_rows, train_tokenizer
-from recipes.e2e_embedded import write_csv
 
 SMALL = """--train_rows 300 --eval_rows 40 --trajectory_steps 30 --snapshots 15 --dim 6
 --trajectory_learning_rates 0.01 --meta_epochs 2 --inner_steps 20 --max_steps 6 --eval_steps 2
@@ -94,7 +95,7 @@ def test_a_second_start_runs_nothing_again(finished, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise AssertionError("trained again")
 
-    for target in (pipeline.SL2OTrainer, meta_stage.MetaTrainer):
+    for target in (SL2OTrainer, meta_stage.MetaTrainer):
         monkeypatch.setattr(target, "train", refuse)
     monkeypatch.setattr(pipeline, "fit_basis", refuse)
     again = recipe(folder, "--seeds", "2")
@@ -190,8 +191,10 @@ def test_the_seconds_of_a_run_that_is_gone_on_with_count_on(tmp_path):
 )
 def test_what_changes_a_run_is_in_the_key_it_is_kept_by(change):
     plain, other = (SL2OTrainingArguments("out", use_cpu=True, **options) for options in ({}, change))
-    assert arms.stamp(arms.training_settings(plain)) != arms.stamp(arms.training_settings(other))
-    assert arms.stamp(arms.training_settings(plain)) == arms.stamp(arms.training_settings(copy.deepcopy(plain)))
+    assert keys.stamp(arguments.training_settings(plain)) != keys.stamp(arguments.training_settings(other))
+    assert keys.stamp(arguments.training_settings(plain)) == keys.stamp(
+        arguments.training_settings(copy.deepcopy(plain))
+    )
 
 
 @pytest.mark.parametrize("subspace", ["pca-lora", "lora", "random"])
@@ -213,7 +216,7 @@ def test_real_architecture_from_its_config(tmp_path):
     rows = load_rows("embedded", "train", 50)
     train_tokenizer(rows, 400).save_pretrained(tmp_path / "tokenizer")
     args = gpt2_e2e.RecipeArguments(model="gpt2", from_scratch=True, tokenizer=str(tmp_path / "tokenizer"))
-    settings = gpt2_e2e.SL2OTrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    settings = training_arguments(str(tmp_path), max_steps=10, use_cpu=True)
     args.train_rows, args.eval_rows = 20, 10
     model = gpt2_e2e.Recipe(args, settings).start
     assert (model.config.n_layer, model.config.n_embd, model.config.vocab_size) == (12, 768, 400)

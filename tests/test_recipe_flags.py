@@ -9,20 +9,22 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import checks
 import huggingface_hub
-import meta_tasks
 import pytest
 
 import benchmarks.gpu_vision as gpu_vision
 from hf_sl2o import LSTMRule, Trajectory
-from hf_sl2o.files import save_json
-from recipes import gpt2_e2e, meta_train
+from hf_sl2o.experiments import plans
+from hf_sl2o.experiments.command_line import flags as checks
+from hf_sl2o.experiments.command_line import script
+from hf_sl2o.experiments.tasks import named as meta_tasks
+from hf_sl2o.foundation.files import save_json
+from recipes import gpt2_e2e
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ("gpt2_e2e", "resnet_cifar", "vit_cifar", "vit_imagenet")
-SCRIPTS = ("evaluate_rules", "pretrain_base", "study_average", "study_estimators", "study_inputs", "study_transfer",
-           "study_unroll", "study_width", "figures")  # fmt: skip
+STUDIES = ("average", "estimators", "inputs", "transfer", "unroll", "width")
+SCRIPTS = ("evaluate_rules", "pretrain_base", "figures", *(f"studies.{name}" for name in STUDIES))
 TIMERS = ("gpu", "gpu_vision", "meta_processes", "meta_training", "step_cost", "vision_overhead")
 
 
@@ -45,7 +47,7 @@ def main_of(name):
 def refused(name, words, message):
     with pytest.raises((ValueError, FileNotFoundError, NotImplementedError), match=message) as raised:
         main_of(name)(words)
-    assert "\n" not in str(raised.value) and checks.is_ours(raised.value), raised.value
+    assert "\n" not in str(raised.value) and script.is_ours(raised.value), raised.value
 
 
 class Parsed(Exception):
@@ -171,20 +173,20 @@ def test_what_a_recipe_loads(name, words, message):
         ("evaluate_rules", ["--tasks_dir", "afile"], "--tasks_dir is afile, a file"),
         ("evaluate_rules", ["--data", "empty"], "empty/cifar10: looked for empty/cifar10/train.parquet"),
         ("pretrain_base", ["--data", "nowhere"], "--data is 'nowhere'"),
-        ("study_average", ["--tasks", "nonsense"], "--tasks: there is no task 'nonsense'"),
-        ("study_estimators", ["--problems", "nonsense"], "--problems has 'nonsense', expected any of quadratic"),
-        ("study_estimators", ["--draws", "0"], "--draws is 0"),
-        ("study_estimators", ["--steps", "15"], "--steps is 15, expected a multiple of 10"),
-        ("study_inputs", ["--judge_on", "nonsense"], "--judge_on: there is no task 'nonsense'"),
-        ("study_inputs", ["--meta_epochs", "0"], "--meta_epochs is 0"),
-        ("study_inputs", ["--judge_steps", "0"], "--judge_steps is 0"),
-        ("study_transfer", ["--tasks", "digits-mlp-lora4"], "--tasks: there is no task 'digits-mlp-lora4'"),
-        ("study_transfer", ["--steps", "5"], "--steps is 5, expected at least the 10 steps"),
-        ("study_transfer", ["--cache", "afile"], "--cache is afile, a file"),
-        ("study_unroll", ["--task", "nonsense"], "--task: there is no task 'nonsense'"),
-        ("study_unroll", ["--unroll_lengths", "5", "1"], "--unroll_lengths is 1"),
-        ("study_unroll", ["--inner_steps", "5"], "--inner_steps has 5, expected at least the unroll length"),
-        ("study_width", ["--data", "nowhere"], "--data is 'nowhere'"),
+        ("studies.average", ["--tasks", "nonsense"], "--tasks: there is no task 'nonsense'"),
+        ("studies.estimators", ["--problems", "nonsense"], "--problems has 'nonsense', expected any of quadratic"),
+        ("studies.estimators", ["--draws", "0"], "--draws is 0"),
+        ("studies.estimators", ["--steps", "15"], "--steps is 15, expected a multiple of 10"),
+        ("studies.inputs", ["--judge_on", "nonsense"], "--judge_on: there is no task 'nonsense'"),
+        ("studies.inputs", ["--meta_epochs", "0"], "--meta_epochs is 0"),
+        ("studies.inputs", ["--judge_steps", "0"], "--judge_steps is 0"),
+        ("studies.transfer", ["--tasks", "digits-mlp-lora4"], "--tasks: there is no task 'digits-mlp-lora4'"),
+        ("studies.transfer", ["--steps", "5"], "--steps is 5, expected at least the 10 steps"),
+        ("studies.transfer", ["--cache", "afile"], "--cache is afile, a file"),
+        ("studies.unroll", ["--task", "nonsense"], "--task: there is no task 'nonsense'"),
+        ("studies.unroll", ["--unroll_lengths", "5", "1"], "--unroll_lengths is 1"),
+        ("studies.unroll", ["--inner_steps", "5"], "--inner_steps has 5, expected at least the unroll length"),
+        ("studies.width", ["--data", "nowhere"], "--data is 'nowhere'"),
         ("figures", ["nowhere.json"], "there is no file nowhere.json"),
         ("gpu", ["--smoke", "--data", "empty"], "looked for empty/train.csv"),
         ("gpu_vision", ["--data", "nowhere"], "looked for nowhere/train.parquet"),
@@ -203,7 +205,7 @@ def test_flags_of_scripts(name, words, message):
 
 def test_good_flags_pass(tmp_path, monkeypatch):
     made = {}
-    monkeypatch.setattr(gpt2_e2e.Recipe, "main", lambda self: made.update(recipe=self.recipe, args=self.args))
+    monkeypatch.setattr(gpt2_e2e.Recipe, "run", lambda self: made.update(recipe=self.recipe, args=self.args))
     LSTMRule().save_pretrained(tmp_path / "rule")
     words = "--seeds 1 --dim 1 --snapshots 2 --max_steps 1 --eval_steps 1 --logging_steps 1 --meta_epochs 1 --use_cpu"
     words += " --inner_steps 2 --unroll_length 2 --train_rows 1 --eval_rows 1 --trajectory_learning_rates 1e-30 3"
@@ -213,7 +215,7 @@ def test_good_flags_pass(tmp_path, monkeypatch):
     assert made["recipe"].seeds == 1 and made["args"].eval_steps == 1
     gpt2_e2e.main([*words.split(), *kwargs, "--arms", "adamw", "--subspace", "lora", "--weight_decay", "0.1"])
     assert made["args"].weight_decay == 0.1
-    parsed = meta_train.parse(["--rule", "default-lora", "--save_to", str(tmp_path / "rule"), "--momenta", "0"])
+    parsed = plans.parse(["--rule", "default-lora", "--save_to", str(tmp_path / "rule"), "--momenta", "0"])
     assert parsed.rule == "default-lora"
     options = gpu_vision.options_of(["--data", "embedded", "--set", "resnet8", "dim=3", "rules=default a=b"])
     assert options.set == [["resnet8", "dim=3", "rules=default a=b"]]
@@ -243,10 +245,10 @@ def test_other_errors_keep_their_traceback(capsys):
         raise AttributeError("a mistake of ours")
 
     with pytest.raises(AttributeError):
-        checks.run_script(ours)
+        script.run_script(ours)
     with pytest.raises(ValueError, match="invalid literal"):
-        checks.run_script(lambda: int("x"))
+        script.run_script(lambda: int("x"))
     with pytest.raises(SystemExit) as ended:
-        checks.run_script(lambda: checks.check_flags({"dim": 0}))
+        script.run_script(lambda: checks.check_flags({"dim": 0}))
     assert ended.value.code == 2
     assert "error: --dim is 0, expected a whole number of at least 1" in capsys.readouterr().err

@@ -12,10 +12,10 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from hf_sl2o.experiments.data.cifar import load_cifar
+from hf_sl2o.experiments.data.e2e import load_rows
+from hf_sl2o.experiments.levels import meta_training_steps
 from recipes import evaluate_rules, figures, vit_imagenet
-from recipes.cifar_data import load_cifar
-from recipes.e2e_data import load_rows
-from recipes.levels import meta_training_steps
 
 GOOD = [(f"name[{i}], food[Fast food]", f"Text {i}, and more.") for i in range(1, 22)]
 

@@ -101,7 +101,7 @@ def test_escapes_in_optim_args(model, saved, tmp_path):
 )
 def test_bad_optim_args(model, tmp_path, optim_args, message):
     with pytest.raises(ValueError, match=message):
-        trainer(model, tmp_path, optim="sl2o", optim_args=optim_args).create_optimizer()
+        trainer(model, tmp_path, optim="sl2o", optim_args=optim_args).train()
 
 
 def test_missing_paths_and_bases(model, saved, tmp_path):
@@ -185,7 +185,7 @@ def test_the_users_max_grad_norm_stays_and_the_step_clips(model, saved, tmp_path
 
 
 def test_a_transformers_that_has_moved_what_is_hooked_into_is_named(monkeypatch):
-    monkeypatch.delattr(hf_sl2o.registry.trainer_optimizer, "_OPTIMIZER_HANDLERS")
+    monkeypatch.delattr(hf_sl2o.training.registration.trainer_optimizer, "_OPTIMIZER_HANDLERS")
     with pytest.raises(ImportError, match="no longer has _OPTIMIZER_HANDLERS.*upgrade hf_sl2o"):
         hf_sl2o.register()
 

@@ -2,10 +2,7 @@
 
 import json
 
-import cifar_pipeline
-import kept_run
 import numpy as np
-import pipeline
 import pytest
 import scipy.optimize
 import torch
@@ -13,11 +10,13 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_sl2o import IdentityBasis, Layout, Task, Trajectory
-from hf_sl2o.comparison import table
+from hf_sl2o import IdentityBasis, Layout, SL2OTrainer, Task, Trajectory
+from hf_sl2o.experiments import images as cifar_pipeline
+from hf_sl2o.experiments.kept import run as kept_run
+from hf_sl2o.experiments.p_bfgs import bfgs_update, p_bfgs
+from hf_sl2o.experiments.table import table
+from hf_sl2o.experiments.tasks.networks import Classifier, resnet8
 from recipes import resnet_cifar
-from recipes.networks import Classifier, resnet8
-from recipes.p_bfgs import bfgs_update, p_bfgs
 
 SMALL = """--train_rows 256 --validation_rows 64 --eval_rows 64 --trajectory_steps 20 --snapshots 12 --dim 4
 --meta_epochs 1 --inner_steps 10 --max_steps 4 --eval_steps 2 --logging_steps 2 --save_steps 2 --quick_grid
@@ -90,7 +89,7 @@ def test_a_tuned_run_records_momentum_and_takes_named_rules(finished, tmp_path):
 
 def test_a_second_start_runs_nothing_again(finished, monkeypatch):
     folder, result = finished
-    monkeypatch.setattr(pipeline.SL2OTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
+    monkeypatch.setattr(SL2OTrainer, "train", lambda *args, **kwargs: pytest.fail("trained again"))
     monkeypatch.setattr(resnet_cifar, "p_bfgs", lambda *args, **kwargs: pytest.fail("trained again"))
     again = resnet_cifar.main([*SMALL, "--baselines", "paper", "--output_dir", str(folder)])
     assert again["runs"] == result["runs"]
@@ -157,8 +156,8 @@ def test_the_basis_is_of_the_best_of_all_runs_that_were_recorded(tmp_path, monke
 
 def test_an_arm_that_diverged_does_not_hide_the_level_of_the_others():
     runs = {f"subspace_{name}": {"final_eval_loss": loss} for name, loss in (("sgd", float("nan")), ("adamw", 2.0))}
-    assert cifar_pipeline.CifarPipeline.targets(None, runs) == {"best_in_subspace": pytest.approx(2.02)}
-    assert cifar_pipeline.CifarPipeline.targets(None, {"subspace_sgd": runs["subspace_sgd"]}) == {}
+    assert cifar_pipeline.CifarComparison.targets(None, runs) == {"best_in_subspace": pytest.approx(2.02)}
+    assert cifar_pipeline.CifarComparison.targets(None, {"subspace_sgd": runs["subspace_sgd"]}) == {}
 
 
 def test_the_rate_falls_after_the_printed_shares(finished):

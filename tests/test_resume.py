@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from hf_sl2o import trainer
-from hf_sl2o.resume import NOTE, CheckpointCallback, first_fault, last_complete_checkpoint, steps_done
+from hf_sl2o.training import trainer
+from hf_sl2o.training.resume import NOTE, CheckpointCallback, first_fault, last_complete_checkpoint, steps_done
 
 from .conftest import Tokens, tiny_gpt2
 

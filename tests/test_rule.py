@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from hf_sl2o import LSTMRule, Rule, RuleConfig, SymbolicRule
-from hf_sl2o.inputs import log_and_sign
-from hf_sl2o.rule import EXPRESSIONS
+from hf_sl2o.rules.config import EXPRESSIONS
+from hf_sl2o.rules.inputs import log_and_sign
 
 
 def numpy_rule(rule, gradients, quirks=False):

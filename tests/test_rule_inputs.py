@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-import hf_sl2o.rule
+import hf_sl2o.rules.rule
 from hf_sl2o import LearnedOptimizer, LSTMRule, Rule, RuleConfig
 
 
@@ -175,7 +175,7 @@ def test_update_in_chunks_equals_forward(monkeypatch, uniform):
     state = type(state)(*(tensor.detach() for tensor in state))
     delta, following = rule(g, state, total_steps=20)
     sizes = []
-    monkeypatch.setitem(hf_sl2o.rule._CHUNK, "cpu", 3)
+    monkeypatch.setitem(hf_sl2o.rules.rule._CHUNK, "cpu", 3)
     rule.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     frozen, ours = type(state)(*(tensor.clone() for tensor in state)), type(state)(*(t.clone() for t in state))
     out = g.clone()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hf_sl2o import run
-from hf_sl2o.startup.sitecustomize import add_member
+from hf_sl2o.training.startup.sitecustomize import add_member
 
 ROOT = Path(__file__).parent.parent
 PYTHON = sys.executable
@@ -173,8 +173,8 @@ def test_help_and_the_environment_of_children(monkeypatch, capsys):
 def test_startup_knows_the_names_that_we_register():
     from transformers.training_args import OptimizerNames
 
-    from hf_sl2o.arguments import OPTIMIZERS
-    from hf_sl2o.startup import sitecustomize
+    from hf_sl2o.training.arguments import OPTIMIZERS
+    from hf_sl2o.training.startup import sitecustomize
 
     assert set(sitecustomize._NAMES) == set(OPTIMIZERS)
     for name in OPTIMIZERS:  # registered already: the very member

@@ -21,9 +21,10 @@ from hf_sl2o import (
     SubspaceOptimizer,
     build_optimizer,
 )
-from hf_sl2o.callbacks import unwrap_optimizer
-from hf_sl2o.registry import SubspaceOptimizerFactory, load_rule
-from hf_sl2o.step_size import OPTIMIZERS, given_learning_rate, step_size
+from hf_sl2o.rules import load_rule
+from hf_sl2o.training.build import SubspaceOptimizerFactory
+from hf_sl2o.training.callbacks import unwrap_optimizer
+from hf_sl2o.training.step_size import OPTIMIZERS, given_learning_rate, step_size
 
 from .conftest import random_dense
 

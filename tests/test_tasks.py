@@ -18,7 +18,7 @@ from hf_sl2o import (
     Task,
     train_on,
 )
-from hf_sl2o.tasks import InnerRun
+from hf_sl2o.meta.task import InnerRun
 
 from .conftest import random_dense
 from .test_meta import DOUBLE, data, make_task, network

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-import hf_sl2o.rule
+import hf_sl2o.rules.rule
 from hf_sl2o import (
     PES,
     FirstOrder,
@@ -24,8 +24,8 @@ from hf_sl2o import (
     train_on,
     unroll,
 )
-from hf_sl2o.episodes import Episode
-from hf_sl2o.tasks import InnerRun
+from hf_sl2o.meta.episodes import Episode
+from hf_sl2o.meta.task import InnerRun
 
 
 def small_rule(**changes):
@@ -116,7 +116,7 @@ def test_chunks_and_tensors_apart_give_the_same(monkeypatch, uniform):
         apart.append(rule(g[part], state.at(part))[0].detach())
     apart = torch.cat(apart)
     for chunk in (3, 4, 100):
-        monkeypatch.setitem(hf_sl2o.rule._CHUNK, "cpu", chunk)
+        monkeypatch.setitem(hf_sl2o.rules.rule._CHUNK, "cpu", chunk)
         ours, out = type(state)(*(tensor.clone() for tensor in state)), g.clone()
         rule.update_(out, ours, sizes=sizes)
         torch.testing.assert_close(out, apart, rtol=1e-12, atol=1e-15)

@@ -30,7 +30,7 @@ from hf_sl2o import (
     SubspaceOptimizer,
     Trajectory,
 )
-from hf_sl2o.trainer import last_complete_checkpoint
+from hf_sl2o.training.trainer import last_complete_checkpoint
 
 from .conftest import Tokens, random_dense, tiny_gpt2
 

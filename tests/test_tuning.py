@@ -1,10 +1,10 @@
-"""recipes/tuning.py by hand: grids, how they grow, how seeds overrule one lucky run."""
+"""Tuning by hand: grids, how they grow, how seeds overrule one lucky run."""
 
 import math
 
 import pytest
 
-from recipes.tuning import best_of, choices, final_loss, over_seeds, search, summary
+from hf_sl2o.experiments.tuning import best_of, choices, final_loss, over_seeds, search, summary
 
 GRID = (("std", 0.1), ("std", 0.3), ("std", 0.03), ("orthonormal", 1.0), ("orthonormal", 0.3), ("orthonormal", 0.1))
 

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_sl2o import LearnedOptimizer, build_optimizer
-from hf_sl2o.registry import load_rule
+from hf_sl2o.rules import load_rule
 
 from .conftest import random_dense
 from .two_points_cases import KINDS, LOW, Net, batch, begun, copies, far, optimizer_of, replace, same, states, step

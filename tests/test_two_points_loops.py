@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from hf_sl2o import IdentityBasis, Layout, LearnedOptimizer, RandomBasis, build_optimizer
-from hf_sl2o.registry import load_rule
+from hf_sl2o.rules import load_rule
 
 from .conftest import Tokens, random_dense, tiny_gpt2
 from .two_points_cases import KINDS, LOW, NAMED, Net, batch, begun, copies, far, optimizer_of, same, states, step

@@ -8,7 +8,7 @@ from transformers import Trainer, get_constant_schedule
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_sl2o import SL2OTrainer, build_optimizer
-from hf_sl2o.callbacks import unwrap_optimizer
+from hf_sl2o.training.callbacks import unwrap_optimizer
 
 from .two_points_cases import (
     EVALUATED,

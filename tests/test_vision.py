@@ -1,4 +1,4 @@
-"""recipes/networks.py and recipes/cifar_data.py: sizes and shapes, generated and stored images, batches, bad data."""
+"""Networks and CIFAR: sizes and shapes, generated and stored images, batches, bad data."""
 
 import io
 
@@ -12,8 +12,8 @@ from pyarrow import parquet
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from recipes.cifar_data import ImageSet, as_is, batches, crop_and_flip, load_cifar, normalize
-from recipes.networks import mobilenet_v2, resnet8, resnet18, resnet20, small_vit, vgg16
+from hf_sl2o.experiments.data.cifar import ImageSet, as_is, batches, crop_and_flip, load_cifar, normalize
+from hf_sl2o.experiments.tasks.networks import mobilenet_v2, resnet8, resnet18, resnet20, small_vit, vgg16
 
 
 def encoded(pixels, kind="PNG"):

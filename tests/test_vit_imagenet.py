@@ -9,8 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_sl2o.experiments.data import image_folder
+from hf_sl2o.experiments.data.cifar import load_cifar
 from recipes import figures, vit_imagenet
-from recipes.cifar_data import load_cifar
 
 SMALL = """--model small --image_size 32 --trajectory_steps 12 --snapshots 8 --dim 3 --meta_epochs 1 --inner_steps 10
 --max_steps 4 --eval_steps 2 --logging_steps 2 --save_steps 2 --quick_grid --per_device_train_batch_size 8 --use_cpu
@@ -54,10 +55,10 @@ def test_all_stages(finished):
 
 def test_a_folder_with_another_picture_is_other_data(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    assert vit_imagenet.listing(str(copy)) == vit_imagenet.listing(str(folder))
+    assert image_folder.listing(str(copy)) == image_folder.listing(str(folder))
     picture = min((copy / "train").rglob("*.png"))
     picture.rename(picture.with_name("other.png"))  # as many as before
-    assert vit_imagenet.listing(str(copy)) != vit_imagenet.listing(str(folder))
+    assert image_folder.listing(str(copy)) != image_folder.listing(str(folder))
 
 
 def test_a_stream_in_place_of_the_folder(folder, tmp_path, monkeypatch):
@@ -80,14 +81,14 @@ def test_a_file_and_its_picture_give_the_same_pixels(folder):
     path = next((folder / "train").rglob("*.png"))
     files = {"bytes": path.read_bytes(), "path": None}, {"bytes": None, "path": str(path)}, Image.open(path)
     rows = [{"image": image, "label": 3} for image in files]
-    one, other, third = (vit_imagenet.Pictures(rows, 32, None)[index]["pixel_values"] for index in range(3))
+    one, other, third = (image_folder.Pictures(rows, 32, None)[index]["pixel_values"] for index in range(3))
     assert torch.equal(one, other) and torch.equal(one, third)
 
 
 def test_crops_stay_inside_and_follow_from_seed_epoch_and_row(folder):
-    rows = vit_imagenet.image_folder(str(folder))["train"]
-    train, again, other = (vit_imagenet.Pictures(rows, 32, seed) for seed in (0, 0, 1))
-    middle = vit_imagenet.Pictures(rows, 32, None)
+    rows = image_folder.image_folder(str(folder))["train"]
+    train, again, other = (image_folder.Pictures(rows, 32, seed) for seed in (0, 0, 1))
+    middle = image_folder.Pictures(rows, 32, None)
     for index in (0, 7, 33):
         value = train[index]["pixel_values"]
         assert value.shape == (3, 32, 32) and -1 <= value.min() < value.max() <= 1
@@ -98,7 +99,7 @@ def test_crops_stay_inside_and_follow_from_seed_epoch_and_row(folder):
         again.epoch = 0
         assert torch.equal(middle[index]["pixel_values"], middle[index]["pixel_values"])
     flat = Image.new("RGB", (50, 40), (255, 0, 127))
-    assert vit_imagenet.pixels(flat, 16, None)[:, 3, 3].tolist() == pytest.approx([1.0, -1.0, 127 / 127.5 - 1])
+    assert image_folder.pixels(flat, 16, None)[:, 3, 3].tolist() == pytest.approx([1.0, -1.0, 127 / 127.5 - 1])
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_splits_with_other_classes(folder, tmp_path):
         (tmp_path / split / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / split / name / "0.png")
     with pytest.raises(ValueError, match="only one of train and validation has the class 'cat'"):
-        vit_imagenet.image_folder(str(tmp_path))
+        image_folder.image_folder(str(tmp_path))
     with pytest.raises(ValueError, match="there is no --demo here"):
         vit_imagenet.main([*SMALL, "--data", str(folder), "--demo"])
     with pytest.raises(ValueError, match="expected a multiple of the patch"):

@@ -15,9 +15,9 @@ from transformers import (
 )
 
 from hf_sl2o import Basis, IdentityBasis, Rule
-from hf_sl2o.registry import SHIPPED_RULES
+from hf_sl2o.experiments.levels import meta_training_steps
+from hf_sl2o.rules import SHIPPED_RULES
 from recipes import vit_cifar
-from recipes.levels import meta_training_steps
 
 SMALL = """--train_rows 128 --validation_rows 32 --eval_rows 32 --trajectory_steps 12 --snapshots 8 --dim 3
 --meta_epochs 1 --inner_steps 10 --max_steps 4 --eval_steps 2 --logging_steps 2 --save_steps 2 --quick_grid
@@ -135,7 +135,7 @@ def test_a_wider_grid_runs_only_what_is_new(tmp_path):
 def test_the_official_settings_on_a_checkpoint(tiny, tmp_path, monkeypatch, capsys, name, factors, head):
     parser_flags = [*SMALL, "--output_dir", str(tmp_path), "--model", str(tiny / name)]
     made = {}
-    monkeypatch.setattr(vit_cifar.Recipe, "main", lambda self: made.update(recipe=self))
+    monkeypatch.setattr(vit_cifar.Recipe, "run", lambda self: made.update(recipe=self))
     vit_cifar.main(parser_flags)
     of = made["recipe"]
     said = capsys.readouterr().out
@@ -180,7 +180,7 @@ def test_the_base_and_the_adapters_see_different_classes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(vit_cifar, "batches", watched)
     made = {}
-    monkeypatch.setattr(vit_cifar.Recipe, "main", lambda self: made.update(recipe=self))
+    monkeypatch.setattr(vit_cifar.Recipe, "run", lambda self: made.update(recipe=self))
     recipe(tmp_path)
     of = made["recipe"]
     assert seen == [set(range(7))]

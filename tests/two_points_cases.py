@@ -5,7 +5,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_sl2o import LearnedOptimizer, SL2OTrainer, SL2OTrainingArguments, SubspaceOptimizer
-from hf_sl2o.registry import load_rule
+from hf_sl2o.rules import load_rule
 
 from .conftest import random_dense
 

@@ -1,4 +1,11 @@
-"""Optimizers for any torch loop: a learned rule over tensors, any torch optimizer over the coefficients of a basis."""
+"""Optimizers for any torch loop.
+
+- `learned`: a rule over tensors, such as LoRA factors or coefficients
+- `subspace`: any torch optimizer over the d coefficients of a basis
+- `_piece`, `_kept`, `_inner`, `_weights`, `_two_points`, `_state`, `_common`: their parts
+
+It may import `rules`, `subspace` and `foundation`, and torch; no transformers.
+"""
 
 from ._common import average_weight
 from .learned import LearnedOptimizer

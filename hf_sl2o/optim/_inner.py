@@ -27,7 +27,7 @@ def check_inner(inner: Optimizer) -> None:
             f"{name} evaluates a closure several times a step, which a basis cannot do; use SGD, AdamW or a rule"
         )
     if inner.defaults.get("differentiable"):
-        raise NotImplementedError("differentiable=True is not supported here; meta-train with hf_sl2o.meta.unroll")
+        raise NotImplementedError("differentiable=True is not supported here; meta-train with hf_sl2o.unroll")
     if len(inner.param_groups) != 1:
         raise ValueError("inner must have exactly one param group, the list it was given")
     check_group(inner.param_groups[0])

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..rule import RuleState
+from ..rules.rule import RuleState
 from ._common import real, trains
 from ._two_points import REPLACES
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..rule import Rule, RuleState
-from ..rule_config import check_average
+from ..rules.config import check_average
+from ..rules.rule import Rule, RuleState
 from ._common import (
     NonFiniteGuard,
     average_weight,

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from ..rule import Rule
-from ..rule_config import check_average
+from ..rules.config import check_average
+from ..rules.rule import Rule
 from ..subspace import Basis
 from ._common import average_weight, check_group, check_number, is_finite, refuse_sparse, trains
 from ._inner import check_inner, check_trainable, warn_of_another_start

@@ -1,10 +1,18 @@
-"""Linear algebra on parameter lists: layouts, bases and how to fit them. Knows no optimizer and no Trainer."""
+"""Linear algebra on lists of parameters: which numbers of a model are covered, and directions in them.
+
+- `layout`, `names`: the parameters of a model as one vector of length n
+- `basis`: what every basis does. A gradient is projected, and a step is lifted, in `dense`, `random`, `identity`
+- `trajectory`, `fit`: recorded snapshots, and their principal directions
+- `stored`: what a saved basis says of its layout
+
+It may import `foundation`, and torch; no transformers.
+"""
 
 from .basis import Basis
 from .dense import DenseBasis
+from .fit import Trajectory, fit_basis
 from .identity import IdentityBasis
 from .layout import Layout
-from .pca import Trajectory, fit_basis
 from .random import RandomBasis
 
 __all__ = ["Basis", "DenseBasis", "IdentityBasis", "Layout", "RandomBasis", "Trajectory", "fit_basis"]

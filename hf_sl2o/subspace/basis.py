@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..checked import shown
-from ..hub import HubFiles
+from ..foundation.checked import shown
+from ..foundation.hub import HubFiles
 from .layout import Layout
 
 # Columns handled at a time: what a bf16 weight costs as an fp32 temporary.

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ..checked import FLOATS, check_float, check_integer
-from ..hub import take
+from ..foundation.checked import FLOATS, check_float, check_integer
+from ..foundation.hub import take
 from .basis import SAMPLED, Basis
 from .layout import Layout
 from .stored import stored_layout, stored_spans

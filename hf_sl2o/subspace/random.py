@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ..checked import check_float, check_integer
-from ..hub import take
+from ..foundation.checked import check_float, check_integer
+from ..foundation.hub import take
 from .basis import Basis
 from .dense import DenseBasis
 from .layout import Layout

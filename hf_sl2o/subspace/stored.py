@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..checked import shown
+from ..foundation.checked import shown
 from .layout import Layout
 
 # The most scalars of a model: what is counted of them fits in 64 bits.

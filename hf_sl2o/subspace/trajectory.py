@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ..checked import check_integer, shown
-from ..files import CHECKSUM, check_seal, load_json, save_json, save_tensors, sealed
-from ..locks import FolderLock, lock_folder
-from ..partials import remove_partials
+from ..foundation.checked import check_integer, shown
+from ..foundation.files import CHECKSUM, check_seal, load_json, save_json, save_tensors, sealed
+from ..foundation.locks import FolderLock, lock_folder
+from ..foundation.partials import remove_partials
 from .layout import Layout, plain_name
 from .stored import stored_layout
 

@@ -1,0 +1,58 @@
+"""The arms of a comparison: an optimizer each, and the learning rates that it is tuned over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..rules import SHIPPED_RULES
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table; `grid` holds (units, learning rate), tuned on validation."""
+
+    optim: str
+    grid: tuple[tuple[str, float], ...]
+    momentum: float = 0.0
+    basis: str = "learned"  # "learned", "random", "none"
+    make: Callable[[list[nn.Parameter], float], torch.optim.Optimizer] | None = None  # of the full space
+    decay_at: tuple[float, ...] = ()  # shares of the run after which the rate is a tenth; () is --lr_scheduler_type
+
+
+def grid(**learning_rates: tuple[float, ...]) -> tuple[tuple[str, float], ...]:
+    return tuple((units, lr) for units, values in learning_rates.items() for lr in values)
+
+
+#: What is compared where nobody says otherwise. The paper does not say in which units its baselines move: they are
+#: tuned in both.
+ARMS: dict[str, Arm] = {
+    "sl2o": Arm("sl2o", grid(std=(1.0,))),
+    "subspace_adamw": Arm("subspace_adamw", grid(std=(0.1, 0.3, 0.03), orthonormal=(1.0, 0.3))),
+    "subspace_momentum": Arm("subspace_sgd", grid(std=(0.1, 0.3, 0.03), orthonormal=(1.0, 0.3)), momentum=0.9),
+    "subspace_sgd": Arm("subspace_sgd", grid(std=(1.0, 0.3, 3.0), orthonormal=(1.0, 10.0))),
+    "adamw": Arm("adamw_torch", grid(full=(3e-3, 1e-3, 1e-2)), basis="none"),
+    "random": Arm("subspace_adamw", grid(orthonormal=(1.0, 3.0, 0.3)), basis="random"),
+}
+
+
+def rule_folder(name: str) -> Path:
+    """Where a rule is: a folder, or the name of one that ships; a folder of that name goes first."""
+    shipped = SHIPPED_RULES / name
+    return shipped if "/" not in name and shipped.is_dir() and not Path(name).exists() else Path(name)
+
+
+def rule_arms(entries: Sequence[str]) -> dict[str, Path]:
+    """Maps names of arms to folders of rules; an entry is a shipped rule's name, PATH, or NAME=PATH."""
+    found: dict[str, Path] = {}
+    for entry in entries:
+        name, _, path = ("", "", entry) if Path(entry).exists() else entry.rpartition("=")
+        arm = f"sl2o_{name or Path(path).name}"
+        if arm in found:
+            raise ValueError(f"--rules gives two rules the arm {arm!r}; name one of them by NAME=PATH")
+        found[arm] = Path(path) if name or Path(path).exists() else SHIPPED_RULES / path
+    return found

@@ -1,0 +1,34 @@
+"""Arithmetic on curves, lists of (step, loss)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def steps_to(evals: Sequence[Sequence[float]], target: float) -> int | None:
+    """Returns the first evaluated step whose loss is at most `target`, or None.
+
+    Args:
+        evals (`Sequence[tuple[int, float]]`): (step, loss), ascending.
+
+    Example:
+
+    ```python
+    >>> from hf_sl2o.experiments.outcome import steps_to
+    >>> steps_to([(0, 4.0), (10, 2.0), (20, 1.5)], 2.0)
+    10
+    ```
+    """
+    return next((int(step) for step, loss in evals if loss <= target), None)
+
+
+def mean_steps_to(curves: Sequence[Sequence[Sequence[float]]], target: float) -> float | None:
+    """Mean over seeds of [`steps_to`]; None if one seed never gets there."""
+    steps = [steps_to(curve, target) for curve in curves]
+    found = [step for step in steps if step is not None]
+    return sum(found) / len(found) if found and len(found) == len(steps) else None
+
+
+def mean_curve(curves: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    """Averages (step, loss) curves of equal steps over seeds."""
+    return [[points[0][0], sum(loss for _, loss in points) / len(points)] for points in zip(*curves, strict=True)]

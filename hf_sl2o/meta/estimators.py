@@ -1,0 +1,388 @@
+"""How the meta-gradient of a window of T inner steps is estimated: three ways behind one small interface.
+
+theta_t = theta_0 + U c_t, g_t = U^T grad L(theta_t), delta_t = rule(g_t), c_{t+1} = c_t - lr delta_t. The meta-loss of
+a window is sum_t L(theta_t), taken before each update as in the official code. What a run carries from one window to
+the next is a dictionary of tensors, so that it can be saved.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from ..rules.inputs import tensor_index
+from ..rules.rule import Rule, RuleState
+from ..subspace import Basis
+from .task import InnerRun
+
+Carry = dict[str, torch.Tensor]
+
+
+class Window(NamedTuple):
+    """What one window gives."""
+
+    gradients: list[torch.Tensor]  # one a weight of the rule: estimates the gradient of the summed losses
+    losses: torch.Tensor  # (T,), before each update
+    carry: Carry  # detached
+
+
+class Estimator(ABC):
+    """Estimates the gradient of a window's summed losses with respect to the rule's weights."""
+
+    #: How many copies of the model one episode needs.
+    runs: int = 1
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def begin(self, rule: Rule, runs: Sequence[InnerRun]) -> Carry:
+        """Returns what is carried into the first window."""
+        return _pack(*_fresh(rule, runs[0]))
+
+    @abstractmethod
+    def window(
+        self,
+        rule: Rule,
+        runs: Sequence[InnerRun],
+        carry: Carry,
+        lrs: Sequence[float],
+        *,
+        total_steps: int,
+        generator: torch.Generator,
+    ) -> Window:
+        """Runs `len(lrs)` inner steps, one a learning rate, and returns their meta-gradient.
+
+        Args:
+            rule ([`Rule`]): The rule that is meta-trained.
+            runs (`Sequence[InnerRun]`): `self.runs` models in training; they are moved.
+            carry (`dict`): From `begin` or the previous window.
+            lrs (`Sequence[float]`): Learning rate of each step, at least two.
+            total_steps (`int`): Steps of the episode, for a rule that sees its progress.
+            generator (`torch.Generator`): Of what is drawn for this window, on the CPU.
+        """
+
+
+def _fresh(rule: Rule, run: InnerRun) -> tuple[torch.Tensor, RuleState]:
+    dtype = run.basis.compute_dtype
+    c = torch.zeros(run.basis.dim, device=run.device, dtype=dtype)
+    return c, rule.init_state(run.basis.dim, device=run.device, dtype=dtype)
+
+
+def _pack(c: torch.Tensor, state: RuleState, head: str = "") -> Carry:
+    return {f"{head}c": c.detach(), **{f"{head}{name}": value.detach() for name, value in state._asdict().items()}}
+
+
+def _unpack(carry: Carry, head: str = "") -> tuple[torch.Tensor, RuleState]:
+    return carry[f"{head}c"], RuleState(*(carry[f"{head}{name}"] for name in RuleState._fields))
+
+
+def unroll(
+    rule: Rule,
+    run: InnerRun,
+    c: torch.Tensor,
+    state: RuleState,
+    *,
+    steps: int,
+    lr: float | Sequence[float] = 1.0,
+    coordinates: torch.Tensor | None = None,
+    imitation: float = 0.0,
+    imitation_lr: float = 0.1,
+    total_steps: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, RuleState, torch.Tensor]:
+    """Runs `steps` inner steps with `rule`, moving the weights of `run`; the graph holds coefficients only.
+
+    With the rule's inputs detached (the second-order term is dropped, as in the official code) the gradient of
+    sum_t L(theta_0 + U c_t) equals that of sum_t <g_t, c_t>, and g_t is what `loss.backward()` gives anyway.
+
+    Args:
+        rule ([`Rule`]): The rule that is meta-trained.
+        run ([`~hf_sl2o.meta.task.InnerRun`]): A model in training.
+        c (`torch.Tensor` of shape `(d,)`): Its coefficients, detached.
+        state ([`RuleState`]): The rule's state, detached.
+        steps (`int`): T, at least 2.
+        lr (`float` or `Sequence[float]`, *optional*, defaults to 1.0): Multiplies the rule's output, at each step.
+        coordinates (`torch.Tensor` of shape `(K,)`, int64, *optional*): Back-propagate through these coordinates only,
+            scaled by d / K; the others run without a graph. An unbiased estimate if they were drawn uniformly.
+        imitation (`float`, *optional*, defaults to 0.0): Adds this times the mean over coordinates of
+            (lr delta - imitation_lr m~)^2 / 2, the distance to Adam's step (official code, `--il`, 1e-3).
+        imitation_lr (`float`, *optional*, defaults to 0.1): Adam's learning rate there.
+        total_steps (`int`, *optional*): Steps of the episode, for a rule that sees its progress.
+
+    Returns:
+        A scalar whose gradient is the meta-gradient; c and state after the window (with graph, unless `coordinates`
+        are given); `(steps,)` losses before each update.
+
+    Raises:
+        `ValueError`: `steps` is below 2, or imitation of a rule that has no m~.
+    """
+    if steps < 2:
+        raise ValueError(f"an unroll of {steps} steps has no meta-gradient; use at least 2")
+    if imitation and rule.config.inputs != "normalized":
+        raise ValueError(f'imitation compares with m~, which a rule with inputs "{rule.config.inputs}" does not have')
+    lrs = [float(lr)] * steps if isinstance(lr, int | float) else [float(value) for value in lr]
+    # First the run, without a graph and in place; then the rule alone is replayed on the gradients it saw, with its
+    # graph. No step leaves a tensor behind: small ones would split up the memory that the next step reuses, and the
+    # heap would grow with T.
+    whole, whole_c = RuleState(*(tensor.detach().clone() for tensor in state)), c.detach().clone()
+    seen = c.new_empty(steps, c.numel() if coordinates is None else coordinates.numel())  # (T, d), or (T, K)
+    losses = c.new_empty(steps)
+    sizes = run.basis.tensor_sizes
+    of_tensors = c.new_empty(steps, len(sizes), 2)  # (T, tensors, 2)
+    for step in range(steps):
+        losses[step], g = run.gradient()
+        seen[step] = g if coordinates is None else g[coordinates]
+        of_tensors[step] = rule.tensor_inputs(g, whole, sizes)
+        moved = rule.update_(g, whole, sizes=sizes, total_steps=total_steps).mul_(-lrs[step])
+        whole_c += moved
+        run.move(moved)
+    inverse_fraction = 1.0
+    if coordinates is not None:
+        inverse_fraction = c.numel() / coordinates.numel()
+        c, state = c[coordinates], state.at(coordinates)
+    positions = torch.arange(len(whole_c), device=c.device) if coordinates is None else coordinates
+    tensor = tensor_index(positions, sizes)  # (d,), or (K,)
+    surrogate = c.new_zeros(())
+    for step, (lr_of_step, g) in enumerate(zip(lrs, seen, strict=True)):
+        surrogate = surrogate + torch.dot(g, c)  # g at c_t with c_t, not with c_{t+1}
+        delta, state = rule(g, state, total_steps=total_steps, of_tensor=of_tensors[step, tensor])
+        c = c - lr_of_step * delta
+        if imitation:
+            adam = imitation_lr * _adam_direction(rule, state)
+            surrogate = surrogate + imitation * (lr_of_step * delta - adam).square().sum() / 2 / run.basis.dim
+    if coordinates is not None:
+        return inverse_fraction * surrogate, whole_c, whole, losses
+    return surrogate, c, state, losses
+
+
+def _of_tensor(rule: Rule, run: InnerRun, g: torch.Tensor, state: RuleState) -> torch.Tensor:
+    """The numbers of each coordinate's tensor, (d, 2)."""
+    known = rule.tensor_inputs(g, state, run.basis.tensor_sizes)
+    return known[tensor_index(torch.arange(len(g), device=g.device), run.basis.tensor_sizes)]
+
+
+def _adam_direction(rule: Rule, state: RuleState) -> torch.Tensor:
+    """m^ / (sqrt(v^) + eps) of the state after a step, detached: Adam with the rule's betas."""
+    config = rule.config
+    exponent = state.step + config.bias_correction_offset
+    m = state.exp_avg / (1 - config.beta1**exponent)
+    v = state.exp_avg_sq / (1 - config.beta2**exponent)
+    return (m / (v.sqrt() + config.eps)).detach()
+
+
+@dataclass(frozen=True)
+class FirstOrder(Estimator):
+    """Truncated back-propagation with the rule's inputs detached: the official code's gradient, [`unroll`].
+
+    Costs one ordinary `loss.backward()` an inner step; memory does not depend on n, and hardly on T.
+
+    Args:
+        coordinates (`int`, *optional*): Back-propagate through so many coordinates, drawn anew for each window, and
+            scale by the inverse fraction: unbiased, with flat memory where d is a million (LoRA factors).
+        imitation, imitation_lr (*optional*): As for [`unroll`].
+
+    Example:
+
+    ```python
+    >>> from hf_sl2o.meta.estimators import FirstOrder
+    >>> FirstOrder(coordinates=4000)
+    FirstOrder(coordinates=4000, imitation=0.0, imitation_lr=0.1)
+    ```
+    """
+
+    coordinates: int | None = None
+    imitation: float = 0.0
+    imitation_lr: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.coordinates is not None and self.coordinates < 1:
+            raise ValueError(f"coordinates is {self.coordinates}, expected at least 1, or None for all")
+
+    def window(
+        self,
+        rule: Rule,
+        runs: Sequence[InnerRun],
+        carry: Carry,
+        lrs: Sequence[float],
+        *,
+        total_steps: int,
+        generator: torch.Generator,
+    ) -> Window:
+        (run,), (c, state) = runs, _unpack(carry)
+        chosen = None
+        if self.coordinates is not None and self.coordinates < run.basis.dim:
+            chosen = torch.randperm(run.basis.dim, generator=generator)[: self.coordinates].to(run.device)
+        surrogate, c, state, losses = unroll(
+            rule,
+            run,
+            c,
+            state,
+            steps=len(lrs),
+            lr=lrs,
+            coordinates=chosen,
+            imitation=self.imitation,
+            imitation_lr=self.imitation_lr,
+            total_steps=total_steps,
+        )
+        weights = list(rule.parameters())
+        gradients = torch.autograd.grad(surrogate, weights, allow_unused=True, materialize_grads=True)
+        return Window(list(gradients), losses, _pack(c, state))
+
+
+class _Lift(torch.autograd.Function):
+    """`basis.lift` and, as its adjoint, `basis.project`: differentiable as often as needed."""
+
+    @staticmethod
+    def forward(ctx: Any, basis: Basis, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.basis = basis
+        return tuple(basis.lift(c))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, _Project.apply(ctx.basis, *gradients)
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, basis: Basis, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.basis = basis
+        return basis.project(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        return None, *_Lift.apply(ctx.basis, gradient)
+
+
+class _Loss(nn.Module):
+    """The task's loss as a module's forward, so that its parameters can be replaced."""
+
+    def __init__(self, run: InnerRun) -> None:
+        super().__init__()
+        self.model, self._of = run.model, run.loss
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self._of(batch)
+
+
+class SecondOrder(Estimator):
+    """Back-propagation through the gradients too: the exact gradient of a window, for small networks.
+
+    Keeps the graph of T forward and backward passes. With T = N there is no truncation, and the estimate is the
+    meta-gradient itself; with less it is the reference for what [`FirstOrder`] drops.
+
+    Example:
+
+    ```python
+    >>> from hf_sl2o import SecondOrder
+    >>> SecondOrder()  # MetaTrainer(..., estimator=SecondOrder())
+    SecondOrder()
+    ```
+    """
+
+    def window(
+        self,
+        rule: Rule,
+        runs: Sequence[InnerRun],
+        carry: Carry,
+        lrs: Sequence[float],
+        *,
+        total_steps: int,
+        generator: torch.Generator,
+    ) -> Window:
+        (run,), (c, state) = runs, _unpack(carry)
+        names = [f"model.{name}" for name in run.basis.layout.names]
+        start, anchors = c, [p.detach().clone() for p in run.parameters]
+        objective, losses, total = _Loss(run), [], c.new_zeros(())
+        for lr in lrs:
+            moved = _Lift.apply(run.basis, run.scaled(c - start))
+            weights = {
+                name: (anchor + part.to(anchor.dtype)).requires_grad_()
+                for name, anchor, part in zip(names, anchors, moved, strict=True)
+            }
+            with run.own_randomness():
+                loss = functional_call(objective, weights, (run.next_batch(),))
+            gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, materialize_grads=True)
+            g = run.scaled(_Project.apply(run.basis, *gradients))
+            of_tensor = _of_tensor(rule, run, g, state)
+            delta, state = rule(g, state, total_steps=total_steps, of_tensor=of_tensor)
+            c, total = c - lr * delta, total + loss
+            losses.append(loss.detach())
+        run.move((c - start).detach())
+        rule_gradients = torch.autograd.grad(total, list(rule.parameters()), allow_unused=True, materialize_grads=True)
+        return Window(list(rule_gradients), torch.stack(losses), _pack(c, state))
+
+    def __repr__(self) -> str:
+        return "SecondOrder()"
+
+
+@dataclass(frozen=True)
+class PES(Estimator):
+    """Persistent evolution strategies (Vicol, Metz, Sohl-Dickstein, ICML 2021): unbiased over many windows.
+
+    Two runs see the same batches with the rule's weights perturbed by +e and -e, drawn anew for each window; xi is the
+    sum of an episode's perturbations, and the estimate is xi (L+ - L-) / (2 sigma^2). No window is blind to what its
+    steps do later, at the price of variance; no graph is kept.
+
+    Args:
+        sigma (`float`, *optional*, defaults to 0.1): Standard deviation of the perturbations (official code: 0.1).
+
+    Example:
+
+    ```python
+    >>> from hf_sl2o.meta.estimators import PES
+    >>> PES(sigma=0.03)
+    PES(sigma=0.03)
+    ```
+    """
+
+    sigma: float = 0.1
+    runs = 2
+
+    def __post_init__(self) -> None:
+        if not self.sigma > 0:
+            raise ValueError(f"sigma is {self.sigma}, expected a positive number")
+
+    def begin(self, rule: Rule, runs: Sequence[InnerRun]) -> Carry:
+        xi = {f"xi.{name}": torch.zeros_like(p) for name, p in rule.named_parameters()}
+        return {**_pack(*_fresh(rule, runs[0]), "+"), **_pack(*_fresh(rule, runs[1]), "-"), **xi}
+
+    @torch.no_grad()
+    def window(
+        self,
+        rule: Rule,
+        runs: Sequence[InnerRun],
+        carry: Carry,
+        lrs: Sequence[float],
+        *,
+        total_steps: int,
+        generator: torch.Generator,
+    ) -> Window:
+        noise = {
+            name: self.sigma * torch.randn(p.shape, dtype=p.dtype, generator=generator).to(p.device)
+            for name, p in rule.named_parameters()
+        }
+        following: Carry = {}
+        losses = []
+        for sign, head, run in ((1.0, "+", runs[0]), (-1.0, "-", runs[1])):
+            weights = {name: p + sign * noise[name] for name, p in rule.named_parameters()}
+            (c, state), of_run = _unpack(carry, head), []
+            for lr in lrs:
+                with torch.enable_grad():
+                    loss, g = run.gradient()
+                options = {"total_steps": total_steps, "of_tensor": _of_tensor(rule, run, g, state)}
+                delta, state = functional_call(rule, weights, (g, state), options)
+                c = c - lr * delta
+                run.move(-lr * delta)
+                of_run.append(loss)
+            following |= _pack(c, state, head)
+            losses.append(torch.stack(of_run))
+        xi = {name: carry[f"xi.{name}"] + noise[name] for name in noise}
+        difference = (losses[0] - losses[1]).sum()
+        gradients = [difference / (2 * self.sigma**2) * value for value in xi.values()]
+        following |= {f"xi.{name}": value for name, value in xi.items()}
+        return Window(gradients, (losses[0] + losses[1]) / 2, following)

@@ -1,0 +1,315 @@
+"""A learned update rule as a pure function of gradient and state: what every rule does, whatever its network.
+
+g gradient, m and v its first and second moment, m~ and g~ the normalised inputs, h hidden size, delta the output; the
+caller moves theta (or a coefficient) by -lr * delta. One rule is shared by all coordinates; N is their number.
+
+    m = beta1 m + (1 - beta1) g        m~ = m^ / (sqrt(v^) + eps)        with m^, v^ bias-corrected
+    v = beta2 v + (1 - beta2) g^2      g~ = g  / (sqrt(v^) + eps)
+    hidden, cell = LSTM([m~, g~], hidden, cell)        delta = output_scale * tanh(W hidden)
+
+m~ and g~ do not tell a coordinate with large gradients from one with small ones. A rule with `tensor_scale` also sees
+m^ / s and g / s, with s^2 the mean of v^ over the tensor (all d coefficients; one LoRA factor). Nor do they tell
+whether its steps are too short or too long for a network: a rule with `agreement` also sees the cosine of g and the
+last step's m over the tensor: near 1 while gradients keep their direction, about 0 in noise, negative after a step too
+far.
+
+A network's output at inputs of zero is not zero. So that a coordinate without a history of gradient stays where it is,
+and rounding is not amplified, every rule's delta is multiplied by v^ / (v^ + eps^2 + (1e-6 s)^2): 0 where there never
+was a gradient, next to 0 where it is below eps or a millionth of its tensor's scale s, and 1 to fp32's last digits
+elsewhere. And by the larger of |m~| and |g~| over 0.03 where that is below 1: a row of an embedding that was seen once
+comes to rest as its momentum fades, instead of walking on until v has forgotten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from ..foundation.checked import check_float, check_shapes
+from ..foundation.hub import HubFiles, take
+from .config import ADDED_LATER, RuleConfig
+from .inputs import log_and_sign, tensor_index, tensor_inputs
+
+R = TypeVar("R", bound="Rule")
+
+_ROUNDING, _CEASED = 1e-6, 0.03  # shares of a tensor's scale, and of m~ and g~, below which nothing moves
+# Coordinates of one call of a rule in `update_`.
+_CHUNK = {"cpu": 1 << 13, "cuda": 1 << 20}
+
+
+class RuleState(NamedTuple):
+    """What a rule remembers, for N coordinates: tensors only, fp32."""
+
+    step: torch.Tensor  # (), updates done
+    exp_avg: torch.Tensor  # (N,), m
+    exp_avg_sq: torch.Tensor  # (N,), v
+    hidden: torch.Tensor  # (N, layers, h)
+    cell: torch.Tensor  # (N, layers, h)
+    momenta: torch.Tensor  # (N, k), the further momenta of the configuration; mostly k = 0
+
+    def detach(self) -> RuleState:
+        """Returns the same numbers without their graph."""
+        return RuleState(*(tensor.detach() for tensor in self))
+
+    def at(self, part: slice | torch.Tensor) -> RuleState:
+        """Returns the state of some of the coordinates: views for a slice, copies for indices."""
+        step = self.step if self.step.ndim == 0 else self.step[part]
+        return RuleState(step, *(tensor[part] for tensor in self[1:]))
+
+
+class Rule(nn.Module, HubFiles):
+    """A learned update rule as a pure function; [`LSTMRule`] and [`SymbolicRule`] are the two kinds.
+
+    `rule(g, state)` returns the update `delta` and the next state. It changes nothing in place and computes in the
+    dtype of its weights (fp32), whatever autocast says.
+    """
+
+    def __init__(self, config: RuleConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @staticmethod
+    def from_config(config: RuleConfig) -> Rule:
+        """Builds the rule that `config` describes, with fresh weights."""
+        from .lstm import LSTMRule  # the two kinds stand on this class
+        from .symbolic import SymbolicRule
+
+        return LSTMRule(config) if config.expression is None else SymbolicRule(config)
+
+    def init_state(
+        self, n: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    ) -> RuleState:
+        """Returns the zero state for `n` coordinates."""
+        layers, size = self._state_shape()
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        hidden, cell, momenta = zeros(n, layers, size), zeros(n, layers, size), zeros(n, len(self.config.momenta))
+        return RuleState(zeros(), zeros(n), zeros(n), hidden, cell, momenta)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of what makes the update, configuration and weights; optimizer states carry it."""
+        config = {k: v for k, v in self.config.of_update().items() if ADDED_LATER.get(k, ...) != v}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode() + tensor.detach().double().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _state_shape(self) -> tuple[int, int]:
+        raise NotImplementedError
+
+    def _output(
+        self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Maps (N, k) inputs and the network's state to (N,) outputs and the next state."""
+        raise NotImplementedError
+
+    def tensor_inputs(
+        self,
+        g: torch.Tensor,
+        state: RuleState,
+        sizes: Sequence[int] | None = None,
+        *,
+        betas: tuple[float, float] | None = None,
+    ) -> torch.Tensor:
+        """Returns what counts of each tensor in the flat `g`, before the step; no vector of N numbers is made.
+
+        Args:
+            g, state, betas: As for [`~Rule.forward`].
+            sizes (`Sequence[int]`, *optional*): Of the k tensors; by default `g` is one tensor.
+
+        Returns:
+            `(k, 2)`: s, the square root of the mean of v^ over the tensor, and the cosine of g and m (0 at first, and
+            for a rule without `agreement`).
+        """
+        beta2 = self.config.beta2 if betas is None else betas[1]
+        step = state.step + 1 + self.config.bias_correction_offset
+        sizes = (g.numel(),) if sizes is None else tuple(sizes)
+        return tensor_inputs(
+            g, state.exp_avg, state.exp_avg_sq, step, sizes, beta2=beta2, agreement=self.config.agreement
+        )
+
+    def forward(
+        self,
+        g: torch.Tensor,
+        state: RuleState,
+        *,
+        betas: tuple[float, float] | None = None,
+        eps: float | None = None,
+        total_steps: float | None = None,
+        of_tensor: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, RuleState]:
+        """Returns the update for one step.
+
+        Args:
+            g (`torch.Tensor` of shape `(N,)`): The gradient of each coordinate.
+            state ([`RuleState`]): From [`~Rule.init_state`] or the previous step.
+            betas, eps (*optional*): Instead of the configuration's.
+            total_steps (`float`, *optional*): Steps of the whole run, for a rule whose configuration has `progress`.
+            of_tensor (`torch.Tensor` of shape `(N, 2)` or `(1, 2)`, *optional*): The numbers of each coordinate's
+                tensor, from [`~Rule.tensor_inputs`]; by default those of `g` as one tensor.
+
+        Returns:
+            `delta` of shape `(N,)`, to be subtracted, and the next [`RuleState`].
+
+        Raises:
+            `ValueError`: the rule needs `total_steps` and got none.
+        """
+        config = self.config
+        beta1, beta2 = (config.beta1, config.beta2) if betas is None else betas
+        eps = config.eps if eps is None else eps
+        step = state.step + 1
+        if config.progress and not total_steps:
+            raise ValueError(
+                f"this rule sees the share of the run that is done, and total_steps is {total_steps}: pass the number "
+                "of steps of the run (max_steps to the Trainer)"
+            )
+        if of_tensor is None:
+            of_tensor = self.tensor_inputs(g, state, betas=betas)
+        momenta = state.momenta
+        with torch.autocast(g.device.type, enabled=False):
+            v = torch.lerp(g * g, state.exp_avg_sq, beta2)  # (N,)
+            exponent = step + config.bias_correction_offset
+            v_hat = v / (1 - beta2**exponent)
+            m = torch.lerp(g, state.exp_avg, beta1)  # (N,)
+            inverse = 1 / (v_hat.sqrt() + eps)
+            m_hat = m / (1 - beta1**exponent)
+            columns = [m_hat * inverse, g * inverse]
+            recent = torch.maximum(columns[0].abs(), columns[1].abs())  # (N,)
+            if config.inputs == "normalized":
+                if config.momenta:
+                    further = [
+                        torch.lerp(g, old, beta) for old, beta in zip(momenta.unbind(-1), config.momenta, strict=True)
+                    ]
+                    columns += [
+                        new / (1 - beta**exponent) * inverse for new, beta in zip(further, config.momenta, strict=True)
+                    ]
+                    momenta = torch.stack(further, dim=-1)  # (N, k)
+                if config.tensor_scale:
+                    scale = of_tensor[:, 0] + eps  # (N,) or (1,)
+                    columns += [m_hat / scale, g / scale]
+                inputs = torch.stack(columns, dim=-1)  # (N, 2 + k), or (N, 4 + k)
+            else:
+                inputs = g.unsqueeze(-1)  # (N, 1)
+            if config.log_sign is not None:
+                inputs = log_and_sign(inputs, config.log_sign)
+            if config.progress:
+                assert total_steps is not None
+                done = (state.step / total_steps).clamp_max(1.0).unsqueeze(-1).expand(len(inputs), 1)
+                inputs = torch.cat([inputs, 2 * done - 1], dim=-1)
+            if config.agreement:
+                inputs = torch.cat([inputs, of_tensor[:, 1:].expand(len(inputs), 1)], dim=-1)
+            cell = state.cell
+            if config.reset_cell_every:
+                kept = (step - 1) % config.reset_cell_every != 0  # () or (N,)
+                cell = cell * kept.reshape(-1, 1, 1)
+            output, hidden, cell = self._output(inputs, state.hidden, cell)
+            rounding = eps**2 + (_ROUNDING * of_tensor[:, 0].detach()).square()  # (N,) or (1,)
+            history = v_hat / (v_hat + rounding).clamp_min(torch.finfo(v_hat.dtype).tiny)  # (N,)
+            history = history * (recent / _CEASED).clamp_max(1.0)
+        return config.output_scale * history * output, RuleState(step, m, v, hidden, cell, momenta)
+
+    @torch.no_grad()
+    def update_(
+        self,
+        g: torch.Tensor,
+        state: RuleState,
+        *,
+        finite: torch.Tensor | None = None,
+        sizes: Sequence[int] | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Turns `g` into delta and `state` into the next one, in place, without a graph.
+
+        One computation over all coordinates, a chunk at a time: what the rule keeps per coordinate then stays in the
+        cache (2.6 x faster on a CPU), and there is no second vector of N numbers.
+
+        Args:
+            g (`torch.Tensor` of shape `(N,)`): The gradient; overwritten.
+            state ([`RuleState`]): Overwritten.
+            finite (0-d `torch.Tensor`, *optional*): Where false, delta is 0 and the state stays as it is.
+            sizes (`Sequence[int]`, *optional*): Of the tensors that `g` holds; by default it is one tensor.
+            **options: As for [`~Rule.forward`].
+
+        Returns:
+            `g`, which holds delta of shape `(N,)`.
+        """
+        chunk = _CHUNK.get(g.device.type, 1 << 16)
+        tensors = self.tensor_inputs(g, state, sizes, betas=options.get("betas"))  # (k, 2)
+        for start in range(0, g.numel(), chunk):
+            part = slice(start, min(start + chunk, g.numel()))
+            old = state.at(part)
+            of_tensor = tensors
+            if len(tensors) > 1:
+                assert sizes is not None
+                of_tensor = tensors[tensor_index(torch.arange(part.start, part.stop, device=g.device), sizes)]
+            delta, new = self(g[part], old, of_tensor=of_tensor, **options)
+            for previous, following in zip(old[1:], new[1:], strict=True):
+                previous.copy_(following if finite is None else torch.where(finite, following, previous))
+            g[part] = delta if finite is None else torch.where(finite, delta, 0)
+        state.step.add_(1 if finite is None else finite)
+        return g
+
+    def to_files(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        return {"rule": dataclasses.asdict(self.config)}, dict(self.state_dict())
+
+    @classmethod
+    def from_files(cls: type[R], config: dict[str, Any], tensors: dict[str, torch.Tensor], where: str) -> R:
+        take(config, {"rule"}, where)
+        fields = {field.name for field in dataclasses.fields(RuleConfig)}
+        if not isinstance(config["rule"], dict):
+            raise ValueError(f'config.json in {where} has "rule": {config["rule"]!r}, expected a JSON object')
+        take({**ADDED_LATER, **config["rule"]}, fields, where)
+        try:
+            settings = RuleConfig(**config["rule"])
+            # Shapes alone, and of no more layers than there are tensors: nothing large is made for a false config.
+            few = dataclasses.replace(settings, num_layers=min(settings.num_layers, len(tensors) + 1))
+            with torch.device("meta"):
+                expected = Rule.from_config(few).state_dict()
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"config.json in {where} is malformed: {error}; restore it from its source") from error
+        weights = f"model.safetensors in {where}"
+        check_shapes(tensors, expected, weights, "that is not what its config.json describes; restore both")
+        for name, tensor in tensors.items():
+            check_float(tensor, f"{name!r} in {weights}")
+        rule = Rule.from_config(settings)
+        if not isinstance(rule, cls):
+            raise ValueError(f"{where} holds a {type(rule).__name__}, not a {cls.__name__}; use Rule.from_pretrained")
+        rule.load_state_dict(tensors)
+        return rule
+
+    @staticmethod
+    def settings_of(config: dict[str, Any]) -> dict[str, Any]:
+        """Without what a file may leave out: choices that the first saved rules did not have to make."""
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in config["rule"].items()}
+        return {**config, "rule": {k: v for k, v in given.items() if ADDED_LATER.get(k, ...) != v}}
+
+    def card(self) -> dict[str, str]:
+        config = self.config
+        details = []
+        if config.base_width:
+            details.append(
+                f"Over matrices wider than {config.base_width} (LoRA factors; the median of their longer sides) its "
+                f"steps are multiplied by {config.base_width} / width."
+            )
+        if config.average:
+            details.append(f"A Trainer evaluates and saves at its running average, eta {config.average:g}.")
+        kind = (
+            f"the expression {config.expression!r}" if config.expression else f"an LSTM of size {config.hidden_size}"
+        )
+        return {
+            "title": "A learned optimizer",
+            "summary": f"An update rule for `hf_sl2o`: {kind}, {sum(p.numel() for p in self.parameters())} weights, "
+            f"inputs {config.inputs}, output scale {config.output_scale}.",
+            "usage": "import hf_sl2o\nfrom transformers import TrainingArguments\n\n"
+            'args = TrainingArguments("out", optim="sl2o", optim_args="rule=user/name")',
+            "details": " ".join(details),
+        }

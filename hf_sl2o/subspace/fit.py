@@ -1,0 +1,231 @@
+"""From a training trajectory to a basis: snapshots on disk, then principal components, out of core.
+
+T snapshots of n parameters, d components. The (T, n) matrix is never held: one pass over the files sums the (T, T)
+Gram matrix in float64, a second one forms the directions block by block.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..foundation.checked import FLOATS, check_integer
+from ..foundation.files import load_metadata, open_tensors
+from .basis import start_sample
+from .dense import DenseBasis
+from .trajectory import Trajectory
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = ("F16", "BF16", "F32", "F64")
+# Entries of a (T, columns) float64 block: 64 MB.
+_BLOCK_ENTRIES = 1 << 23
+# Eigenvalues of the Gram matrix below this share of the largest are rounding: with it every direction is orthonormal
+# to 1e-5 (the error of an eigenvalue is about T * 2e-16 of the largest).
+_RANK_TOLERANCE = 1e-10
+
+
+class _Blocks:
+    """Reads the snapshots as float64 blocks of shape (T, columns) on a device, parameter by parameter."""
+
+    def __init__(self, trajectory: Trajectory, steps: list[int], device: torch.device | str, stack: ExitStack) -> None:
+        assert trajectory.layout is not None
+        self.device = device
+        self.layout, self.steps = trajectory.layout, steps
+        self.paths = [trajectory.path(step) for step in steps]
+        self.files = [stack.enter_context(_open_snapshot(trajectory, step)) for step in steps]
+
+    def sample(self, file: Any) -> torch.Tensor:
+        """[`start_sample`] of the parameters in an open snapshot: `(k, 16)`."""
+        return start_sample(
+            file.get_slice(name)[:16] if shape else file.get_tensor(name)
+            for name, shape in zip(self.layout.names, self.layout.shapes, strict=True)
+        )
+
+    def of(self, index: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """Yields (first column, last column, block) of one parameter, as whole rows of its first dimension."""
+        name, shape, numel = self.layout.names[index], self.layout.shapes[index], self.layout.numels[index]
+        rows = shape[0] if shape else 1
+        width = numel // max(rows, 1)  # scalars a row
+        step = max(1, _BLOCK_ENTRIES // (len(self.files) * max(width, 1)))
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            columns = (last - first) * width
+            block = torch.empty(len(self.files), columns, dtype=torch.float64, device=self.device)
+            for row, file in enumerate(self.files):
+                part = file.get_slice(name)[first:last] if shape else file.get_tensor(name)
+                block[row] = part.reshape(-1).to(self.device).to(torch.float64)
+            yield first * width, first * width + columns, block
+
+    def refuse_non_finite(self, index: int, block: torch.Tensor) -> None:
+        finite = torch.isfinite(block).all(dim=1)
+        if not bool(finite.all()):
+            row = int((~finite).nonzero()[0])
+            raise ValueError(
+                f"snapshot {self.paths[row]} holds NaN or Inf in {self.layout.names[index]!r}; leave that step out "
+                "with steps=..., or record it again with a lower learning rate"
+            )
+
+
+def _open_snapshot(trajectory: Trajectory, step: int) -> Any:
+    """Opens the snapshot of `step` after a check of all its bytes; says what is wrong with it."""
+    path = trajectory.path(step)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{trajectory.manifest} lists step {step}, and its file {path} is gone; leave that step out with "
+            "steps=..., or record the trajectory again"
+        )
+    assert trajectory.layout is not None
+    file = open_tensors(path)
+    if (found := load_metadata(path).get("step", str(step))) != str(step):
+        raise ValueError(f"{path} holds the snapshot of step {found}; record it again")
+    if missing := sorted(set(trajectory.layout.names) - set(file.keys())):
+        raise ValueError(f"{path} lacks the parameter {missing[0]!r}; record the trajectory again")
+    for name, shape in zip(trajectory.layout.names, trajectory.layout.shapes, strict=True):
+        part = file.get_slice(name)
+        if tuple(part.get_shape()) != shape:
+            raise ValueError(
+                f"{path} has {name!r} with shape {tuple(part.get_shape())}, expected {shape}; record it again"
+            )
+        if part.get_dtype() not in _DTYPES:
+            raise ValueError(f"{path} has {name!r} of dtype {part.get_dtype()}, expected a float one; record it again")
+    return file
+
+
+def _start(reader: _Blocks, trajectory: Trajectory, stack: ExitStack) -> torch.Tensor:
+    """[`start_sample`] of the first recorded snapshot and of the last one that is read: `(2, k, 16)`."""
+    first, oldest = trajectory.steps[0], reader.files[0]
+    if first != reader.steps[0] and trajectory.path(first).is_file():
+        oldest = stack.enter_context(_open_snapshot(trajectory, first))
+    return torch.stack([reader.sample(oldest), reader.sample(reader.files[-1])])
+
+
+def _components(
+    gram: torch.Tensor, dim: int, what: str, samples: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Eigenpairs of a (T, T) Gram matrix: (T, d) vectors, (d,) eigenvalues, all eigenvalues descending."""
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    rank = int((values > _RANK_TOLERANCE * values[0]).sum()) if values[0] > 0 else 0
+    if dim > rank:
+        raise ValueError(
+            f"dim is {dim}, but {what} ({samples} snapshots) has numerical rank {rank}; choose dim <= {rank}, or "
+            "record more snapshots"
+        )
+    chosen = vectors[:, :dim]
+    # Signs are arbitrary; as in scikit-learn's svd_flip the largest entry is made positive. Pointing every direction
+    # along the training path instead would let a rule replay the path without looking at a gradient.
+    largest = chosen.abs().argmax(dim=0)
+    return chosen * chosen[largest, torch.arange(dim)].sign(), values[:dim], values
+
+
+def fit_basis(
+    trajectory: Trajectory | str | Path,
+    dim: int,
+    *,
+    units: str = "std",
+    center: bool = True,
+    blocks: str = "global",
+    dtype: torch.dtype = torch.float32,
+    steps: list[int] | None = None,
+    device: torch.device | str = "cpu",
+    progress: bool = True,
+) -> DenseBasis:
+    """Fits the principal components of a trajectory, streaming over blocks of parameters.
+
+    X (T, n) snapshots, centred; X X^T = W diag(lambda) W^T; directions U = X^T W_d diag(lambda_d)^-1/2.
+
+    Args:
+        trajectory ([`Trajectory`] or path): The snapshots.
+        dim (`int`): d, the number of directions (of each layer with `blocks="layer"`). The paper uses 40 of 60
+            snapshots.
+        units (`str`, *optional*, defaults to `"std"`): `"std"`: c in standard deviations of the trajectory along each
+            direction; `"orthonormal"`: the paper's coordinates. [`Basis.with_units`] changes it later.
+        center (`bool`, *optional*, defaults to `True`): Subtract the mean snapshot (PCA, official code); `False` as in
+            "Fine-tuning Happens in Tiny Subspaces" (ACL 2023).
+        blocks (`str`, *optional*, defaults to `"global"`): `"global"`, or `"layer"` for d directions a layer.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Storage dtype of the directions.
+        steps (`list[int]`, *optional*, defaults to all): Which snapshots to use.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where the products are computed; it must
+            know float64. A block of the trajectory at a time is there. The basis is returned on the CPU.
+        progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
+
+    Returns:
+        [`DenseBasis`]; `provenance` holds the explained variance.
+
+    Raises:
+        `ValueError`: fewer than two snapshots, NaN or Inf in one, `dim` above the numerical rank, a damaged file, or
+            a dtype that is no float one.
+        `FileNotFoundError`: a snapshot is gone.
+    """
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
+    check_integer("dim", dim, 1)
+    trajectory = trajectory if isinstance(trajectory, Trajectory) else Trajectory(trajectory)
+    chosen = trajectory.steps if steps is None else sorted({*steps})
+    if trajectory.layout is None or len(chosen) < 2:
+        raise ValueError(
+            f"{trajectory.folder} holds {len(chosen)} snapshots, at least 2 are needed; train with "
+            "TrajectoryCallback(folder, every_steps=...)"
+        )
+    if unknown := sorted(set(chosen) - set(trajectory.steps)):
+        raise ValueError(f"{trajectory.folder} has no snapshot of step {unknown[0]}; it has {trajectory.steps}")
+    layout = trajectory.layout
+    groups = layout.blocks(blocks)
+    with ExitStack() as stack:
+        reader = _Blocks(trajectory, chosen, device, stack)
+        start = _start(reader, trajectory, stack)
+        bar = stack.enter_context(
+            tqdm(total=2 * layout.n, unit="param", unit_scale=True, desc="fit_basis", disable=not progress)
+        )
+        grams = []
+        for group in groups:
+            gram = torch.zeros(len(chosen), len(chosen), dtype=torch.float64)
+            for index in group:
+                for first, last, block in reader.of(index):
+                    reader.refuse_non_finite(index, block)
+                    if center:
+                        block -= block.mean(dim=0)
+                    gram += (block @ block.T).cpu()
+                    bar.update(last - first)
+            grams.append(gram)
+
+        matrices: list[torch.Tensor | None] = [None] * len(layout.names)
+        spans: list[tuple[int, int]] = [(0, 0)] * len(layout.names)
+        deviations, explained = [], []
+        for number, (group, gram) in enumerate(zip(groups, grams, strict=True)):
+            what = "the trajectory" if blocks == "global" else f"the block of {layout.names[group[0]]!r}"
+            vectors, values, all_values = _components(gram, dim, what, len(chosen))
+            weights = vectors / values.sqrt()  # (T, d)
+            for index in group:
+                matrix = torch.empty(dim, layout.numels[index], dtype=dtype)
+                for first, last, block in reader.of(index):
+                    if center:
+                        block -= block.mean(dim=0)
+                    matrix[:, first:last] = (weights.T.to(device) @ block).to(dtype)
+                    bar.update(last - first)
+                matrices[index], spans[index] = matrix, (number * dim, (number + 1) * dim)
+            deviations.append((values / (len(chosen) - int(center))).sqrt())
+            explained.append((values / all_values.sum()).tolist())
+
+    compute = torch.promote_types(torch.float32, dtype)
+    std = torch.cat(deviations).to(compute)
+    share = sum(sum(block) for block in explained) / len(explained)
+    logger.info("fit_basis: %d directions hold %.4f %% of the variance of %s", dim, 100 * share, trajectory.folder)
+    provenance: dict[str, Any] = {
+        "snapshots": len(chosen),
+        "first_step": chosen[0],
+        "last_step": chosen[-1],
+        "center": center,
+        "blocks": blocks,
+        "explained_variance": share,
+        "explained_variance_ratio": explained[0] if blocks == "global" else [sum(block) for block in explained],
+    }
+    basis = DenseBasis(layout, [m for m in matrices if m is not None], std, std, spans, provenance, start=start)
+    return basis.with_units(units)

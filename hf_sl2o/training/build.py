@@ -1,0 +1,190 @@
+"""From a user's words to an optimizer: the one place where strings become bases, rules and optimizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.optim import Optimizer
+
+from ..foundation.ranks import check_same_on_all_ranks, optimizer_facts
+from ..optim import Inner, LearnedOptimizer, SubspaceOptimizer
+from ..rules import Rule, load_rule
+from ..subspace import Basis
+from .step_size import OPTIMIZERS, check_range, step_size
+
+
+def _outside(outside: str) -> Inner | None:
+    if outside == "freeze":
+        return None
+    if outside == "adamw":
+        return lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+    raise ValueError(f'outside is {outside!r}, expected "freeze" or "adamw"')
+
+
+def build_optimizer(
+    params: nn.Module | Iterable[tuple[str, torch.Tensor]],
+    optim: str = "sl2o",
+    *,
+    basis: str | Path | Basis | None = None,
+    rule: str | Path | Rule | None = None,
+    lr: float | None = None,
+    units: str | None = None,
+    momentum: float = 0.0,
+    average: float | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    outside: str = "freeze",
+    max_grad_norm: float = 0.0,
+    total_steps: int | None = None,
+) -> Optimizer:
+    """Builds the optimizer of one of our names; strings are loaded here and nowhere else.
+
+    Args:
+        params: The model, or its `named_parameters()`. Give the model if you want the rule's running average: the
+            weights then are where they are read, see [`LearnedOptimizer`].
+        optim (`str`, *optional*, defaults to `"sl2o"`): `"sl2o"`, `"subspace_adamw"`, or `"subspace_sgd"`.
+        basis (`str`, `Path` or [`Basis`], *optional*): Folder, Hub id or object. Without one, `"sl2o"` applies the
+            rule to every trainable scalar (LoRA factors); the other two need one.
+        rule (`str`, `Path` or [`Rule`], *optional*): Folder, Hub id, name of a shipped one, or object; defaults to the
+            shipped default.
+        lr (`float`, *optional*): Defaults to 1.0 (sl2o, subspace_sgd) or 0.3 (subspace_adamw); one of Adam's scale is
+            replaced by that, with a warning ([`~hf_sl2o.training.step_size.step_size`]).
+        units (`str`, *optional*): `"std"` or `"orthonormal"`; defaults to the units the basis was saved with.
+        momentum (`float`, *optional*, defaults to 0.0): Of subspace_sgd; the paper's Momentum has 0.9.
+        average (`float`, *optional*): eta of a running average of what is moved, see [`SubspaceOptimizer`]; 0: none.
+            Defaults to the rule's own where the model is given, and to none otherwise.
+        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): Of subspace_adamw.
+        eps (`float`, *optional*, defaults to 1e-8): Of subspace_adamw.
+        weight_decay (`float`, *optional*, defaults to 0.0): Decoupled, of matrices alone, where there is no basis; see
+            [`LearnedOptimizer`] for how it scales.
+        outside (`str`, *optional*, defaults to `"freeze"`): What happens to trainable parameters the basis does not
+            cover: `"freeze"`, or `"adamw"` (lr 1e-3) in a second param group.
+        max_grad_norm (`float`, *optional*, defaults to 0.0): Clip the projected gradient; 0: no clipping.
+        total_steps (`int`, *optional*): Steps of the run, for a rule that sees the share that is done.
+
+    Raises:
+        `ValueError`: an unknown name; a basis that is missing or does not fit the model; a number that is NaN,
+            infinite or negative; weight decay in a basis; an argument that this `optim` has no use for.
+        `NotImplementedError`: the run is one of FSDP or DeepSpeed.
+        `FileNotFoundError`: a basis or rule that is not there; says what was looked for where.
+    """
+    if optim not in OPTIMIZERS:
+        raise ValueError(f"optim is {optim!r}, expected one of {sorted(OPTIMIZERS)}")
+    model = params if isinstance(params, nn.Module) else None
+    named = list(params.named_parameters() if isinstance(params, nn.Module) else params)
+    momentum = check_range("momentum", momentum, 0, 1, expected="a number in [0, 1)")
+    refuse_useless(
+        optim, with_basis=basis is not None, rule=rule, momentum=momentum, units=units, outside=outside,
+        max_grad_norm=max_grad_norm, weight_decay=weight_decay,
+    )  # fmt: skip
+    lr = step_size(optim, lr, momentum=momentum)
+    if basis is None:
+        if optim != "sl2o":
+            raise ValueError(
+                f'optim="{optim}" needs a basis and got none; pass sl2o_basis=..., or optim_args="basis=PATH_OR_ID" '
+                "(make one with TrajectoryCallback and fit_basis)"
+            )
+        learned = load_rule(rule, with_basis=False)
+        average = _average(learned, average, model)
+        groups = _decay_groups(named, weight_decay)
+        optimizer: Any = LearnedOptimizer(groups, learned, lr=lr, total_steps=total_steps, average=average)
+    else:
+        basis = basis if isinstance(basis, Basis) else Basis.from_pretrained(basis)
+        if units is not None:
+            basis = basis.with_units(units)
+        inner: Inner
+        if optim == "sl2o":
+            learned = load_rule(rule, with_basis=True)
+            average = _average(learned, average, model)
+            inner = lambda c: LearnedOptimizer(c, learned, lr=lr, total_steps=total_steps)  # noqa: E731
+        elif optim == "subspace_adamw":
+            inner = lambda c: torch.optim.AdamW(c, lr=lr, betas=betas, eps=eps, weight_decay=0.0)  # noqa: E731
+        else:
+            inner = lambda c: torch.optim.SGD(c, lr=lr, momentum=momentum)  # noqa: E731
+        options: dict[str, Any] = {"max_grad_norm": max_grad_norm, "average": average or 0.0}
+        optimizer = SubspaceOptimizer(named, basis, inner, outside=_outside(outside), **options)
+    if model is not None:
+        optimizer.attach(model)
+    return optimizer  # type: ignore[no-any-return]
+
+
+def _average(rule: Rule, average: float | None, model: nn.Module | None) -> float:
+    """The rule's own average only where the optimizer knows the model: a loop that never asks would miss it."""
+    return (rule.config.average if model is not None else 0.0) if average is None else average
+
+
+def _decay_groups(named: list[tuple[str, torch.Tensor]], weight_decay: float) -> list[Any]:
+    """The trainable parameters; with weight decay matrices and the rest apart, since biases and norms do not decay."""
+    trainable = [(name, p) for name, p in named if p.requires_grad]
+    if not trainable:
+        raise ValueError("no parameter of the model is trainable; set requires_grad, or add an adapter")
+    if not weight_decay:
+        return trainable
+    matrices = [(name, p) for name, p in trainable if p.ndim > 1]
+    vectors = [(name, p) for name, p in trainable if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def refuse_useless(
+    optim: str,
+    *,
+    with_basis: bool,
+    rule: Any = None,
+    momentum: float = 0.0,
+    units: str | None = None,
+    outside: str = "freeze",
+    max_grad_norm: float = 0.0,
+    weight_decay: float = 0.0,
+    **others: Any,
+) -> None:
+    """Raises `ValueError` for an argument of [`build_optimizer`] that `optim` has no use for."""
+    needs_basis = "it is a choice within a basis, and there is none"
+    for name, given, why in (
+        ("rule", rule is not None and optim != "sl2o", f"{optim} has no rule"),
+        ("momentum", momentum and optim != "subspace_sgd", "of ours only subspace_sgd takes it"),
+        ("units", units is not None and not with_basis, needs_basis),
+        ("outside", outside != "freeze" and not with_basis, needs_basis),
+        ("max_grad_norm", max_grad_norm and not with_basis, "clip the gradients themselves, as a Trainer does"),
+    ):
+        if given:
+            raise ValueError(f'{name} was given with optim="{optim}", which has no use for it: {why}; leave it out')
+    check_range("weight_decay", weight_decay, 0, expected="a finite number >= 0")
+    if weight_decay and with_basis:
+        raise ValueError(
+            f"weight_decay is {weight_decay}, and with a basis only the coefficients move: the weights cannot be "
+            "pulled towards zero, which is not in the subspace, and pulling c there would pull them to the starting "
+            "weights. Set weight_decay to 0 (without a basis it works), or give SubspaceOptimizer an inner optimizer "
+            "that decays"
+        )
+
+
+class SubspaceOptimizerFactory:
+    """For `Trainer(optimizer_cls_and_kwargs=(SubspaceOptimizerFactory, {...}))`, with no registration at all.
+
+    The keyword arguments are those of [`build_optimizer`]; the first argument is the model.
+    """
+
+    def __call__(self, model: nn.Module, **kwargs: Any) -> Optimizer:
+        refuse_sharding()
+        optimizer = build_optimizer(model, **kwargs)
+        check_same_on_all_ranks(optimizer_facts(optimizer), "optimizer")
+        return optimizer
+
+
+def refuse_sharding(*, fsdp: Any = None, deepspeed: Any = None) -> None:
+    """Raises where parameters are sharded: by the given flags, or by what `accelerate launch` was told."""
+    kind = AcceleratorState._shared_state.get("distributed_type")  # making one here would initialise it
+    if deepspeed or kind == DistributedType.DEEPSPEED:
+        raise NotImplementedError(
+            "DeepSpeed flattens or replaces the optimizer's parameters, which a basis cannot follow; train with DDP"
+        )
+    if fsdp or kind == DistributedType.FSDP:
+        raise NotImplementedError("FSDP shards the parameters, which a basis does not support yet; train with DDP")
