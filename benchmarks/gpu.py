@@ -21,9 +21,8 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "recipes"), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import gpt2_e2e
 import step_cost
 
 from hf_sl2o.experiments.command_line.flags import parse_options
@@ -32,6 +31,7 @@ from hf_sl2o.experiments.data.e2e import load_rows
 from hf_sl2o.experiments.environment import environment
 from hf_sl2o.foundation.files import save_json
 from hf_sl2o.rules import SHIPPED_RULES
+from recipes import gpt2_e2e
 
 ARMS = ["sl2o", "subspace_adamw", "subspace_adamw_orthonormal", "subspace_momentum", "adamw"]
 

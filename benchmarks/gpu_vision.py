@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
+sys.path.insert(0, str(ROOT))
 
 from hf_sl2o.experiments.command_line.flags import parse_options  # noqa: E402
 from hf_sl2o.experiments.command_line.script import run_script  # noqa: E402
@@ -49,25 +49,25 @@ class Job:
 
 JOBS = {
     "resnet18": Job(
-        "resnet_cifar",
+        "recipes.resnet_cifar",
         f"--model resnet18 --baselines paper --seeds 1 --trajectory_steps 39100 {RESNET}",
         ("sl2o", "momentum", "sl2o_default", "subspace_adamw", "subspace_momentum", "subspace_sgd"),
         (("sgd", 0.1, 0), ("momentum", 0.1, 0)),
     ),
     "resnet20": Job(
-        "resnet_cifar",
+        "recipes.resnet_cifar",
         f"--model resnet20 --trajectory_steps 3910 {RESNET}",
         ("sl2o", *(arm for arm in RESNET_ARMS if arm != "sl2o")),
         tuple(("momentum", lr, seed) for lr in (0.1, 0.03) for seed in range(3)),
     ),
     "resnet8": Job(
-        "resnet_cifar",
+        "recipes.resnet_cifar",
         f"--model resnet8 --trajectory_steps 10000 {RESNET}",
         ("sl2o", *(arm for arm in RESNET_ARMS if arm != "sl2o")),
         tuple(("momentum", lr, seed) for lr in (0.1, 0.03) for seed in range(3)),
     ),
     "deit-tiny": Job(
-        "vit_cifar",
+        "recipes.vit_cifar",
         # 20 epochs of what was held back, as the paper's
         "--model deit-tiny --subspace lora --base_steps 3000 --max_steps 4200 --trajectory_steps 4200 --quick_grid "
         "--validation_rows 1500 --eval_rows 3000 --eval_steps 60 --logging_steps 60 --meta_epochs 8 --inner_steps 300 "

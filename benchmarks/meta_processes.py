@@ -24,13 +24,10 @@ import torch
 from step_cost import build
 
 from hf_sl2o import Layout, LSTMRule, MetaTrainer, MetaTrainingArguments, RandomBasis, RuleConfig, Task
+from hf_sl2o.experiments.command_line.flags import parse_options
+from hf_sl2o.experiments.command_line.script import run_script
 from hf_sl2o.experiments.environment import environment
 from hf_sl2o.foundation.files import save_json
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
-from hf_sl2o.experiments.command_line.flags import parse_options
-from hf_sl2o.experiments.command_line.script import run_script  # noqa: E402
 
 
 def worker(folder: Path, inner_steps: int) -> None:

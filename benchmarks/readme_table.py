@@ -15,6 +15,7 @@ from hf_sl2o.foundation.files import load_json
 BLOCKS = {
     "e2e": ROOT / "recipes" / "results" / "gpt2_e2e.json",
     "step-cost": ROOT / "benchmarks" / "results" / "step_cost.json",
+    "import-time": ROOT / "benchmarks" / "results" / "import_time.json",
     "average-cost": ROOT / "benchmarks" / "results" / "average_cost.json",
     "rule-default": ROOT / "recipes" / "results" / "rule_default.json",
     "rule-default-lora": ROOT / "recipes" / "results" / "rule_default_lora.json",
@@ -213,6 +214,7 @@ MAKE = {
     "gpu": gpu,
     "e2e": e2e,
     "step-cost": step_cost,
+    "import-time": step_cost,
     "average-cost": step_cost,
     "rule-default": rule,
     "rule-default-lora": rule,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,13 +16,10 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sl2o import Layout, LSTMRule, RandomBasis, SubspaceOptimizer
+from hf_sl2o.experiments.command_line.flags import parse_options
+from hf_sl2o.experiments.command_line.script import run_script
 from hf_sl2o.experiments.environment import environment
 from hf_sl2o.foundation.files import save_json
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
-from hf_sl2o.experiments.command_line.flags import parse_options
-from hf_sl2o.experiments.command_line.script import run_script  # noqa: E402
 
 SIZES = {"tiny": (2, 2, 64, 1000), "gpt2": (12, 12, 768, 50257)}  # layers, heads, width, vocabulary
 

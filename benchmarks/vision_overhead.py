@@ -9,26 +9,22 @@ that lies ready: the same network, batch size and optimizer, a run of each in tu
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from step_cost import row, synchronize
+from transformers import PrinterCallback
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
-
-from step_cost import row, synchronize  # noqa: E402
-from transformers import PrinterCallback  # noqa: E402
-
-from hf_sl2o import Layout, RandomBasis, SL2OTrainer, SL2OTrainingArguments, SubspaceOptimizer  # noqa: E402
+from hf_sl2o import Layout, RandomBasis, SL2OTrainer, SL2OTrainingArguments, SubspaceOptimizer
 from hf_sl2o.experiments.command_line.flags import parse_options
-from hf_sl2o.experiments.command_line.script import run_script  # noqa: E402
-from hf_sl2o.experiments.data.cifar import ImageSet, as_is, load_cifar  # noqa: E402
-from hf_sl2o.experiments.environment import environment  # noqa: E402
-from hf_sl2o.experiments.tasks.networks import Classifier, resnet8, resnet20  # noqa: E402
-from hf_sl2o.foundation.files import save_json  # noqa: E402
+from hf_sl2o.experiments.command_line.script import run_script
+from hf_sl2o.experiments.data.cifar import ImageSet, as_is, load_cifar
+from hf_sl2o.experiments.environment import environment
+from hf_sl2o.experiments.tasks.networks import Classifier, resnet8, resnet20
+from hf_sl2o.foundation.files import save_json
 
 BATCH, DIM = 128, 40
 NETWORKS = {"resnet8": resnet8, "resnet20": resnet20}

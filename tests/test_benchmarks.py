@@ -47,6 +47,19 @@ def test_average_cost(tmp_path):
         assert rows[f"{kind}_ratio_of_pairs"]["value"] > 0 and averaged["n"] > 1000
 
 
+def test_import_time(tmp_path):
+    words = ["--rounds", "2", "--beside", str(ROOT), "--json", str(tmp_path / "x.json")]
+    out = benchmark("benchmarks/import_time.py", *words)
+    assert out.returncode == 0, out.stderr[-2000:]
+    result = json.loads((tmp_path / "x.json").read_text())
+    values = {row["name"]: row["value"] for row in result["rows"]}
+    assert set(values) == {"import_trainer", "import_hf_sl2o", "import_hf_sl2o_beside"}
+    assert 0 < values["import_hf_sl2o"] < values["import_trainer"]
+    assert result["adds"]["import_hf_sl2o"]["modules"] > 30
+    wrong = benchmark("benchmarks/import_time.py", "--beside", str(tmp_path))
+    assert wrong.returncode == 2 and "expected a checkout" in wrong.stderr
+
+
 def test_vision_overhead(tmp_path):
     out = benchmark("benchmarks/vision_overhead.py", "--quick", "--json", str(tmp_path / "x.json"))
     assert out.returncode == 0, out.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""Learning rates that a user brings along: every way in trains, and no number that is none is taken."""
+"""Learning rates that a user brings along: every way in trains."""
 
 import dataclasses
 import json
@@ -7,18 +7,13 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
 from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
 from transformers.trainer_utils import HPSearchBackend
 
 from hf_sl2o import (
     LearnedOptimizer,
-    LSTMRule,
-    RuleConfig,
     SL2OTrainer,
     SL2OTrainingArguments,
-    SubspaceOptimizer,
     build_optimizer,
 )
 from hf_sl2o.rules import load_rule
@@ -27,51 +22,24 @@ from hf_sl2o.training.callbacks import unwrap_optimizer
 from hf_sl2o.training.step_size import OPTIMIZERS, given_learning_rate, step_size
 
 from .conftest import random_dense
-
-OWN = {"sl2o": 1.0, "subspace_adamw": 0.3, "subspace_sgd": 1.0}
-NAMES = sorted(OWN)
-ADAMS = [1e-6, 2e-5, 3e-4, 1e-3]
-NO_NUMBERS = [math.nan, math.inf, -math.inf, -1.0]
-
-
-@dataclasses.dataclass
-class Sft(TrainingArguments):
-    learning_rate: float = 2e-5
-
-
-@dataclasses.dataclass
-class Reward(Seq2SeqTrainingArguments):
-    learning_rate: float = dataclasses.field(default=1e-4, metadata={"help": "of rewards"})
-
-
-@dataclasses.dataclass
-class Further(Sft):
-    beta: float = 0.1
-
-
-@dataclasses.dataclass
-class Mine(SL2OTrainingArguments):
-    learning_rate: float | None = 1e-4
-
-
-@dataclasses.dataclass
-class Larger(TrainingArguments):
-    learning_rate: float = 0.5
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
-
-    def forward(self, x, labels=None):
-        y = self.b(torch.tanh(self.a(x)))
-        return {"loss": (y - labels).square().mean(), "logits": y}
-
-
-X = torch.randn(64, 8, generator=torch.Generator().manual_seed(5))
-ROWS = [{"x": x, "labels": torch.sin(2 * x[:4])} for x in X]
+from .step_size_cases import (
+    ADAMS,
+    NAMES,
+    NO_NUMBERS,
+    OWN,
+    ROWS,
+    Further,
+    Larger,
+    Mine,
+    Net,
+    Reward,
+    Sft,
+    X,
+    arguments,
+    loss_of,
+    optimizer_of,
+    rate_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -91,30 +59,6 @@ def said(caplog):
         ]
 
     return of_rates
-
-
-def arguments(kind, optim, folder, words="", **options):
-    settings = {"max_steps": 4, "per_device_train_batch_size": 16, "use_cpu": True, "report_to": "none"}
-    settings |= {"disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "seed": 1}
-    words = ",".join(part for part in ([] if optim == "sl2o" else [f"basis={folder}"]) + [words] if part)
-    return kind(str(folder / "out"), optim=optim, optim_args=words or None, **{**settings, **options})
-
-
-def optimizer_of(args, kind=Trainer, model=None, **objects):
-    trainer = kind(Net() if model is None else model, args, train_dataset=ROWS, **objects)
-    trainer.create_optimizer()
-    return unwrap_optimizer(trainer.optimizer)
-
-
-def rate_of(args, kind=Trainer, **objects):
-    rates = {group["lr"] for group in optimizer_of(args, kind, **objects).param_groups}
-    assert len(rates) == 1
-    return rates.pop()
-
-
-def loss_of(model):
-    with torch.no_grad():
-        return float(model(X, torch.sin(2 * X[:, :4]))["loss"])
 
 
 # What a rate means
@@ -360,234 +304,3 @@ def test_schedules_go_on_from_the_own_rate(optim, schedule, options, expected, f
         assert course[-1] == pytest.approx(0.1) and course == sorted(course, reverse=True) and course[0] > 0.15
     else:
         assert course == pytest.approx([OWN[optim] * part for part in expected])
-
-
-# Numbers that are none
-
-
-def accepted(make):
-    """What `make` takes of NaN, the infinities and -1; it may refuse with a ValueError alone."""
-    taken = []
-    for value in NO_NUMBERS:
-        try:
-            make(value)
-        except ValueError:
-            continue
-        taken.append(value)
-    return taken
-
-
-@pytest.mark.parametrize("optim", NAMES)
-@pytest.mark.parametrize("kind", [TrainingArguments, Further, SL2OTrainingArguments])
-def test_arguments_that_are_no_numbers_are_refused(kind, optim, folder):
-    fields = ["learning_rate", "weight_decay", "max_grad_norm"]
-    fields += ["adam_epsilon", "adam_beta1", "adam_beta2"] if optim == "subspace_adamw" else []
-    fields += ["sl2o_average", "sl2o_momentum"] if kind is SL2OTrainingArguments else []
-    for field in fields:
-        make = lambda value, field=field: optimizer_of(arguments(kind, optim, folder, **{field: value}))  # noqa: E731
-        assert not accepted(make), field
-    for key in ("lr", "average", *(["momentum"] if optim == "subspace_sgd" else [])):
-        make = lambda value, key=key: optimizer_of(arguments(kind, optim, folder, f"{key}={value}"))  # noqa: E731
-        assert not accepted(make), key
-
-
-@pytest.mark.parametrize("optim", NAMES)
-def test_our_argument_class_refuses_them_itself(optim, folder):
-    for field in ("learning_rate", "weight_decay", "max_grad_norm", "sl2o_average", "sl2o_momentum"):
-        make = lambda value, field=field: arguments(SL2OTrainingArguments, optim, folder, **{field: value})  # noqa: E731
-        assert not accepted(make), field
-    warm = {"sl2o_warmup_steps": 100}
-    for field in ("sl2o_warmup_learning_rate", "sl2o_dim", "sl2o_snapshots", "sl2o_warmup_steps"):
-        make = lambda value, field=field: arguments(  # noqa: E731
-            SL2OTrainingArguments, optim, folder.parent, "x", **{**warm, field: value}
-        )
-        assert not accepted(make), field
-
-
-def test_numbers_of_a_yaml_file_that_came_as_text(folder):
-    """PyYAML reads 9e-1 as text; it is the number, or is refused with a sentence."""
-    for field, text in (("sl2o_momentum", "9e-1"), ("max_grad_norm", "1e0"), ("sl2o_average", "4e0")):
-        given = {field: text, "learning_rate": 0.5}
-        try:
-            args = arguments(SL2OTrainingArguments, "subspace_sgd", folder, **given)
-            optimizer = optimizer_of(args)
-        except ValueError:
-            continue
-        value = optimizer.param_groups[0]["momentum"] if field == "sl2o_momentum" else None
-        assert value is None or float(value) == 0.9
-
-
-@pytest.mark.parametrize("optim", NAMES)
-def test_the_factory_refuses_them(optim, folder):
-    options = {"lr": 0.5, "basis": str(folder)}
-    names = ["lr", "average", "weight_decay", "max_grad_norm"]
-    names += {"subspace_adamw": ["eps"], "subspace_sgd": ["momentum"]}.get(optim, [])
-    for name in names:
-        make = lambda value, name=name: build_optimizer(Net(), optim, **{**options, name: value})  # noqa: E731
-        assert not accepted(make), name
-    if optim == "subspace_adamw":
-        for betas in (lambda value: (value, 0.9), lambda value: (0.9, value)):
-            assert not accepted(
-                lambda value, betas=betas: build_optimizer(Net(), optim, **options, betas=betas(value))
-            )
-    if optim == "sl2o":
-        for name in ("lr", "average", "weight_decay"):
-            assert not accepted(lambda value, name=name: build_optimizer(Net(), optim, **{name: value})), name
-
-
-@pytest.mark.parametrize("wrap", [float, torch.tensor], ids=["number", "tensor"])
-def test_the_class_refuses_them_in_its_arguments_and_in_groups(wrap):
-    rule = LSTMRule()
-    for name in ("lr", "eps", "weight_decay"):
-        make = lambda value, name=name: LearnedOptimizer(Net().parameters(), rule, **{name: wrap(value)})  # noqa: E731
-        assert not accepted(make), name
-        make = lambda value, name=name: LearnedOptimizer(  # noqa: E731
-            [{"params": list(Net().parameters()), name: wrap(value)}], rule
-        )
-        assert not accepted(make), name
-
-        def add(value, name=name):
-            model = Net()
-            optimizer = LearnedOptimizer(model.a.parameters(), rule)
-            optimizer.add_param_group({"params": list(model.b.parameters()), name: wrap(value)})
-
-        assert not accepted(add), name
-    for betas in (lambda value: (value, 0.9), lambda value: (0.9, value)):
-        make = lambda value, betas=betas: LearnedOptimizer(Net().parameters(), rule, betas=betas(wrap(value)))  # noqa: E731
-        assert not accepted(make)
-    assert not accepted(lambda value: LearnedOptimizer(Net().parameters(), rule, average=value))
-    assert not accepted(lambda value: RuleConfig(average=value)) and not accepted(lambda value: RuleConfig(eps=value))
-    for lr in (0.0, 2e-5, torch.tensor(2e-5)):  # literally, as torch's own
-        assert LearnedOptimizer(Net().parameters(), rule, lr=lr).param_groups[0]["lr"] == lr
-
-
-def test_an_eps_of_zero_is_refused_in_a_group_too():
-    with pytest.raises(ValueError, match="eps"):
-        LearnedOptimizer(Net().parameters(), LSTMRule(), eps=0.0)
-    with pytest.raises(ValueError, match="eps"):
-        LearnedOptimizer([{"params": list(Net().parameters()), "eps": 0.0}], LSTMRule())
-
-
-SGD, ADAMW, RMSPROP = torch.optim.SGD, torch.optim.AdamW, torch.optim.RMSprop
-
-
-@pytest.mark.parametrize(
-    "kind, name",
-    [
-        (SGD, "lr"), (SGD, "momentum"), (SGD, "weight_decay"), (SGD, "dampening"), (ADAMW, "lr"), (ADAMW, "eps"),
-        (ADAMW, "weight_decay"), (RMSPROP, "lr"), (RMSPROP, "eps"), (RMSPROP, "momentum"),
-        (torch.optim.Adagrad, "lr"), (torch.optim.Adagrad, "eps"), (torch.optim.Adafactor, "lr"),
-        (torch.optim.NAdam, "lr"), (torch.optim.RAdam, "lr"), (torch.optim.Adamax, "lr"), (torch.optim.Rprop, "lr"),
-    ],
-)  # fmt: skip
-def test_inner_optimizers_of_torch_with_them_are_refused(kind, name):
-    model = Net()
-    basis = random_dense(model.named_parameters())
-
-    def make(value, **options):
-        return SubspaceOptimizer(model.named_parameters(), basis, lambda c: kind(c, **{name: value}), **options)
-
-    make(0.5)
-    assert [value for value in accepted(make) if name != "dampening" or value >= 0] == []
-
-    def outside(value):
-        whole = nn.ModuleList([model, nn.Linear(2, 2)])
-        named = [(n.removeprefix("0."), p) for n, p in whole.named_parameters()]
-        SubspaceOptimizer(named, basis, LSTMRule(), outside=lambda params: kind(params, **{name: value}))
-
-    outside(0.5)
-    assert [value for value in accepted(outside) if name != "dampening" or value >= 0] == []
-
-
-def test_the_optimizer_over_coefficients_refuses_them_in_its_own_arguments():
-    model = Net()
-    basis = random_dense(model.named_parameters())
-    for name in ("max_grad_norm", "average"):
-        make = lambda value, name=name: SubspaceOptimizer(model, basis, LSTMRule(), **{name: value})  # noqa: E731
-        assert not accepted(make)
-    for name in ("lr", "eps", "weight_decay", "average"):
-        make = lambda value, name=name: SubspaceOptimizer(  # noqa: E731
-            model, basis, lambda c: LearnedOptimizer(c, LSTMRule(), **{name: value})
-        )
-        assert not accepted(make)
-
-
-# Weight decay
-
-
-def decayed(model, weight_decay, steps=3, lr=0.5, rule=None):
-    rule = load_rule("default-lora", with_basis=False) if rule is None else rule
-    optimizer = build_optimizer(model, "sl2o", rule=rule, lr=lr, weight_decay=weight_decay, average=0)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(X, torch.sin(2 * X[:, :4]))["loss"].backward()
-        optimizer.step()
-    return optimizer
-
-
-@pytest.mark.parametrize("weight_decay", [0.01, 0.5])
-def test_weight_decay_is_decoupled(weight_decay):
-    """By hand: theta (1 - lr factor scale decay), then the same step as without."""
-    model, plain = Net(), Net()
-    decayed(plain, 0.0, steps=1)
-    optimizer = decayed(model, weight_decay, steps=1)
-    start = dict(Net().named_parameters())
-    shrink = 1 - 0.5 * optimizer.step_factor * 0.01 * weight_decay
-    for (name, p), without in zip(model.named_parameters(), plain.parameters(), strict=True):
-        expected = without.detach() - (1 - shrink) * start[name].detach() * (p.ndim > 1)
-        torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-7)
-        assert torch.equal(p, without) == (p.ndim <= 1)  # a bias does not decay
-
-
-def test_only_what_has_a_gradient_decays_and_only_at_a_rate():
-    model = Net()
-    model.b.requires_grad_(False)
-    decayed(model, 0.5)
-    assert torch.equal(model.b.weight, Net().b.weight)
-    model = Net()
-    decayed(model, 0.5, lr=0.0)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), Net().parameters(), strict=True))
-
-
-@pytest.mark.parametrize("kind", [TrainingArguments, SL2OTrainingArguments])
-def test_weight_decay_of_a_trainer_reaches_lora(kind, folder):
-    def lora(weight_decay):
-        model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["a"]))
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if "lora_B" in name:
-                    p.fill_(0.5)
-        args = arguments(
-            kind, "sl2o", folder, "average=0", weight_decay=weight_decay, max_steps=1, lr_scheduler_type="constant",
-            learning_rate=1.0,
-        )  # fmt: skip
-        start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-        trainer = Trainer(model, args, train_dataset=ROWS)
-        trainer.train()
-        factor = unwrap_optimizer(trainer.optimizer).step_factor
-        return start, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, factor
-
-    start, without, factor = lora(0.0)
-    _, moved, _ = lora(0.1)
-    assert len(start) == 2
-    for name, old in start.items():
-        torch.testing.assert_close(moved[name], without[name] - factor * 0.01 * 0.1 * old, rtol=0, atol=1e-7)
-        assert not torch.equal(moved[name], without[name])
-
-
-@pytest.mark.parametrize("optim", NAMES)
-def test_with_a_basis_weight_decay_is_refused_for_the_true_reason(optim, folder):
-    reason = "weight_decay is 0.01, and with a basis only the coefficients move"
-    with pytest.raises(ValueError, match=reason):
-        build_optimizer(Net(), optim, basis=str(folder), weight_decay=0.01)
-    words = "" if optim != "sl2o" else f"basis={folder}"
-    for kind in (TrainingArguments, SL2OTrainingArguments):
-        with pytest.raises(ValueError, match=reason):
-            optimizer_of(arguments(kind, optim, folder, words, weight_decay=0.01))
-    basis = random_dense(Net().named_parameters())
-    args = SL2OTrainingArguments(
-        str(folder / "out"), optim=optim, weight_decay=0.01, use_cpu=True, report_to="none", learning_rate=0.5
-    )
-    with pytest.raises(ValueError, match=reason):
-        optimizer_of(args, SL2OTrainer, basis=basis)
-    build_optimizer(Net(), optim, basis=str(folder), weight_decay=0.0)

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from hf_sl2o import IdentityBasis, Layout, LearnedOptimizer, RandomBasis, build_optimizer
+from hf_sl2o import LearnedOptimizer
 from hf_sl2o.rules import load_rule
 
 from .conftest import Tokens, random_dense, tiny_gpt2
@@ -381,45 +381,3 @@ def test_heads_that_take_turns_have_an_average_each(resumed_at):
         for found, of_reference in zip(run(foreach, attached), expected, strict=True):
             assert far(found, of_reference) < 1e-6
     assert far(expected[-1], expected[-2]) > 1e-4
-
-
-@pytest.mark.parametrize("which", ["random", "identity"])
-def test_other_bases_have_two_points_too(which):
-    layout = Layout.from_named_parameters(Net().named_parameters())
-    basis = RandomBasis(layout, 6) if which == "random" else IdentityBasis(layout)
-    model, other = Net(), Net(4)
-    optimizer = optimizer_of(model, "rule", basis=basis)
-    for at in range(4):
-        step(model, optimizer, at)
-    published = copies(model)
-    model(batch(9))
-    assert far(copies(model), published) > 1e-4 and same(states(model), published)
-    other.load_state_dict(model.state_dict())
-    again = optimizer_of(other, "rule", basis=basis)
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for at in range(4, 7):
-        step(model, optimizer, at)
-        step(other, again, at)
-    assert same(copies(model), copies(other))
-
-
-def test_what_is_outside_the_basis_has_one_point():
-    class Longer(Net):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(4, 2)
-
-        def forward(self, x, labels=None):
-            return {"loss": self.head(super().forward(x)["logits"]).square().mean()}
-
-    model = Longer()
-    basis = random_dense(Net().named_parameters())
-    optimizer = build_optimizer(model, "sl2o", basis=basis, outside="adamw", total_steps=9)
-    for at in range(4):
-        before = copies(model)
-        step(model, optimizer, at, lambda before=before: same(states(model), before) or pytest.fail("not published"))
-        assert same(states(model), copies(model))
-    published = copies(model)
-    model(batch(9))
-    assert torch.equal(model.head.weight, published[4]) and not torch.equal(model.a.weight, published[0])
-    assert optimizer.average == 4.0 and same(states(model), published)

@@ -35,7 +35,7 @@ ARMS: dict[str, Arm] = {
     "subspace_adamw": Arm("subspace_adamw", grid(std=(0.1, 0.3, 0.03), orthonormal=(1.0, 0.3))),
     "subspace_momentum": Arm("subspace_sgd", grid(std=(0.1, 0.3, 0.03), orthonormal=(1.0, 0.3)), momentum=0.9),
     "subspace_sgd": Arm("subspace_sgd", grid(std=(1.0, 0.3, 3.0), orthonormal=(1.0, 10.0))),
-    "adamw": Arm("adamw_torch", grid(full=(3e-3, 1e-3, 1e-2)), basis="none"),
+    "adamw": Arm("adamw_torch", grid(full=(3e-3, 1e-2, 1e-3)), basis="none"),
     "random": Arm("subspace_adamw", grid(orthonormal=(1.0, 3.0, 0.3)), basis="random"),
 }
 

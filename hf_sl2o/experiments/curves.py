@@ -14,7 +14,7 @@ def steps_to(evals: Sequence[Sequence[float]], target: float) -> int | None:
     Example:
 
     ```python
-    >>> from hf_sl2o.experiments.outcome import steps_to
+    >>> from hf_sl2o.experiments.curves import steps_to
     >>> steps_to([(0, 4.0), (10, 2.0), (20, 1.5)], 2.0)
     10
     ```

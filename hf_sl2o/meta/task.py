@@ -253,14 +253,9 @@ def train_on(
     True
     ```
     """
-    if steps < 1:
-        raise ValueError(f"steps is {steps}, expected at least 1")
-    if evaluate_at and not len(task.eval_batches):
-        raise ValueError(f"task {task.name!r} has no eval_batches to evaluate on; give some, or evaluate_at=()")
+    _check_steps(task, steps, evaluate_at)
     run = InnerRun(task, seed, device=device, autocast=autocast)
-    c = torch.zeros(run.basis.dim, device=run.device, dtype=run.basis.compute_dtype)
-    pieces = zip(c.split(run.basis.tensor_sizes), run.basis.tensor_shapes, strict=True)
-    parts = [nn.Parameter(piece.view(shape)) for piece, shape in pieces]  # views: they move c
+    c, parts = _coefficients(run)
     inner = optimizer(list(parts))
     base = [float(group["lr"]) for group in inner.param_groups]
     losses, evals, spent = [], [], 0.0
@@ -268,12 +263,7 @@ def train_on(
 
     def take(step: int) -> None:
         if step in evaluate_at:
-            away = mean - c if average else None
-            if away is not None:
-                run.move(away)
-            evals.append([step, float(run.evaluate()), *([] if metric is None else [metric(run.model)])])
-            if away is not None:
-                run.move(-away)
+            evals.append([step, *_evaluated(run, mean - c if average else None, metric)])
 
     take(0)
     for step in range(steps):
@@ -292,6 +282,30 @@ def train_on(
         spent += time.perf_counter() - start
         take(step + 1)
     return {"train_loss": torch.stack(losses).tolist(), "eval": evals, "seconds": spent}
+
+
+def _check_steps(task: Task, steps: int, evaluate_at: Collection[int]) -> None:
+    if steps < 1:
+        raise ValueError(f"steps is {steps}, expected at least 1")
+    if evaluate_at and not len(task.eval_batches):
+        raise ValueError(f"task {task.name!r} has no eval_batches to evaluate on; give some, or evaluate_at=()")
+
+
+def _coefficients(run: InnerRun) -> tuple[torch.Tensor, list[nn.Parameter]]:
+    """Zeros of shape `(d,)`, and the parameters of an optimizer: views, which move them."""
+    c = torch.zeros(run.basis.dim, device=run.device, dtype=run.basis.compute_dtype)
+    pieces = zip(c.split(run.basis.tensor_sizes), run.basis.tensor_shapes, strict=True)
+    return c, [nn.Parameter(piece.view(shape)) for piece, shape in pieces]
+
+
+def _evaluated(run: InnerRun, away: torch.Tensor | None, metric: Callable[[nn.Module], float] | None) -> list[float]:
+    """The held-out loss, and the metric, `away` from where the run is."""
+    if away is not None:
+        run.move(away)
+    values = [float(run.evaluate()), *([] if metric is None else [metric(run.model)])]
+    if away is not None:
+        run.move(-away)
+    return values
 
 
 def schedule_factor(schedule: str, step: int, steps: int) -> float:

@@ -7,7 +7,7 @@ Gram matrix in float64, a second one forms the directions block by block.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..foundation.checked import FLOATS, check_integer
 from ..foundation.files import load_metadata, open_tensors
 from .basis import start_sample
 from .dense import DenseBasis
+from .layout import Layout
 from .trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
@@ -125,6 +126,43 @@ def _components(
     return chosen * chosen[largest, torch.arange(dim)].sign(), values[:dim], values
 
 
+def _chosen(trajectory: Trajectory, steps: list[int] | None) -> tuple[list[int], Layout]:
+    """The steps of the snapshots that are used, and what they hold."""
+    chosen = trajectory.steps if steps is None else sorted({*steps})
+    if trajectory.layout is None or len(chosen) < 2:
+        raise ValueError(
+            f"{trajectory.folder} holds {len(chosen)} snapshots, at least 2 are needed; train with "
+            "TrajectoryCallback(folder, every_steps=...)"
+        )
+    if unknown := sorted(set(chosen) - set(trajectory.steps)):
+        raise ValueError(f"{trajectory.folder} has no snapshot of step {unknown[0]}; it has {trajectory.steps}")
+    return chosen, trajectory.layout
+
+
+def _gram(reader: _Blocks, group: Iterable[int], snapshots: int, center: bool, bar: Any) -> torch.Tensor:
+    """X X^T of the parameters of a group, `(T, T)`, float64."""
+    gram = torch.zeros(snapshots, snapshots, dtype=torch.float64)
+    for index in group:
+        for first, last, block in reader.of(index):
+            reader.refuse_non_finite(index, block)
+            if center:
+                block -= block.mean(dim=0)
+            gram += (block @ block.T).cpu()
+            bar.update(last - first)
+    return gram
+
+
+def _write_directions(
+    matrix: torch.Tensor, reader: _Blocks, index: int, weights: torch.Tensor, center: bool, bar: Any
+) -> None:
+    """Fills `(d, n_i)` with the directions of one parameter; `weights` is `(d, T)`."""
+    for first, last, block in reader.of(index):
+        if center:
+            block -= block.mean(dim=0)
+        matrix[:, first:last] = (weights @ block).to(matrix.dtype)
+        bar.update(last - first)
+
+
 def fit_basis(
     trajectory: Trajectory | str | Path,
     dim: int,
@@ -168,15 +206,7 @@ def fit_basis(
         raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
     check_integer("dim", dim, 1)
     trajectory = trajectory if isinstance(trajectory, Trajectory) else Trajectory(trajectory)
-    chosen = trajectory.steps if steps is None else sorted({*steps})
-    if trajectory.layout is None or len(chosen) < 2:
-        raise ValueError(
-            f"{trajectory.folder} holds {len(chosen)} snapshots, at least 2 are needed; train with "
-            "TrajectoryCallback(folder, every_steps=...)"
-        )
-    if unknown := sorted(set(chosen) - set(trajectory.steps)):
-        raise ValueError(f"{trajectory.folder} has no snapshot of step {unknown[0]}; it has {trajectory.steps}")
-    layout = trajectory.layout
+    chosen, layout = _chosen(trajectory, steps)
     groups = layout.blocks(blocks)
     with ExitStack() as stack:
         reader = _Blocks(trajectory, chosen, device, stack)
@@ -184,19 +214,8 @@ def fit_basis(
         bar = stack.enter_context(
             tqdm(total=2 * layout.n, unit="param", unit_scale=True, desc="fit_basis", disable=not progress)
         )
-        grams = []
-        for group in groups:
-            gram = torch.zeros(len(chosen), len(chosen), dtype=torch.float64)
-            for index in group:
-                for first, last, block in reader.of(index):
-                    reader.refuse_non_finite(index, block)
-                    if center:
-                        block -= block.mean(dim=0)
-                    gram += (block @ block.T).cpu()
-                    bar.update(last - first)
-            grams.append(gram)
-
-        matrices: list[torch.Tensor | None] = [None] * len(layout.names)
+        grams = [_gram(reader, group, len(chosen), center, bar) for group in groups]
+        matrices: dict[int, torch.Tensor] = {}
         spans: list[tuple[int, int]] = [(0, 0)] * len(layout.names)
         deviations, explained = [], []
         for number, (group, gram) in enumerate(zip(groups, grams, strict=True)):
@@ -204,13 +223,9 @@ def fit_basis(
             vectors, values, all_values = _components(gram, dim, what, len(chosen))
             weights = vectors / values.sqrt()  # (T, d)
             for index in group:
-                matrix = torch.empty(dim, layout.numels[index], dtype=dtype)
-                for first, last, block in reader.of(index):
-                    if center:
-                        block -= block.mean(dim=0)
-                    matrix[:, first:last] = (weights.T.to(device) @ block).to(dtype)
-                    bar.update(last - first)
-                matrices[index], spans[index] = matrix, (number * dim, (number + 1) * dim)
+                matrices[index] = torch.empty(dim, layout.numels[index], dtype=dtype)
+                _write_directions(matrices[index], reader, index, weights.T.to(device), center, bar)
+                spans[index] = number * dim, (number + 1) * dim
             deviations.append((values / (len(chosen) - int(center))).sqrt())
             explained.append((values / all_values.sum()).tolist())
 
@@ -218,14 +233,11 @@ def fit_basis(
     std = torch.cat(deviations).to(compute)
     share = sum(sum(block) for block in explained) / len(explained)
     logger.info("fit_basis: %d directions hold %.4f %% of the variance of %s", dim, 100 * share, trajectory.folder)
-    provenance: dict[str, Any] = {
-        "snapshots": len(chosen),
-        "first_step": chosen[0],
-        "last_step": chosen[-1],
-        "center": center,
-        "blocks": blocks,
-        "explained_variance": share,
-        "explained_variance_ratio": explained[0] if blocks == "global" else [sum(block) for block in explained],
-    }
-    basis = DenseBasis(layout, [m for m in matrices if m is not None], std, std, spans, provenance, start=start)
+    ratios = explained[0] if blocks == "global" else [sum(block) for block in explained]
+    provenance = {
+        "snapshots": len(chosen), "first_step": chosen[0], "last_step": chosen[-1], "center": center,
+        "blocks": blocks, "explained_variance": share, "explained_variance_ratio": ratios,
+    }  # fmt: skip
+    ordered = [matrices[index] for index in range(len(layout.names))]
+    basis = DenseBasis(layout, ordered, std, std, spans, provenance, start=start)
     return basis.with_units(units)

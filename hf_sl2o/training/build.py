@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,7 @@ def build_optimizer(
     )  # fmt: skip
     lr = step_size(optim, lr, momentum=momentum)
     if basis is None:
-        if optim != "sl2o":
-            raise ValueError(
-                f'optim="{optim}" needs a basis and got none; pass sl2o_basis=..., or optim_args="basis=PATH_OR_ID" '
-                "(make one with TrajectoryCallback and fit_basis)"
-            )
+        _refuse_without_basis(optim)
         learned = load_rule(rule, with_basis=False)
         average = _average(learned, average, model)
         groups = _decay_groups(named, weight_decay)
@@ -103,16 +100,28 @@ def build_optimizer(
         if optim == "sl2o":
             learned = load_rule(rule, with_basis=True)
             average = _average(learned, average, model)
-            inner = lambda c: LearnedOptimizer(c, learned, lr=lr, total_steps=total_steps)  # noqa: E731
-        elif optim == "subspace_adamw":
-            inner = lambda c: torch.optim.AdamW(c, lr=lr, betas=betas, eps=eps, weight_decay=0.0)  # noqa: E731
+            inner = partial(LearnedOptimizer, rule=learned, lr=lr, total_steps=total_steps)
         else:
-            inner = lambda c: torch.optim.SGD(c, lr=lr, momentum=momentum)  # noqa: E731
+            inner = _baseline(optim, lr, momentum, betas, eps)
         options: dict[str, Any] = {"max_grad_norm": max_grad_norm, "average": average or 0.0}
         optimizer = SubspaceOptimizer(named, basis, inner, outside=_outside(outside), **options)
     if model is not None:
         optimizer.attach(model)
     return optimizer  # type: ignore[no-any-return]
+
+
+def _baseline(optim: str, lr: float, momentum: float, betas: tuple[float, float], eps: float) -> Inner:
+    if optim == "subspace_adamw":
+        return partial(torch.optim.AdamW, lr=lr, betas=betas, eps=eps, weight_decay=0.0)
+    return partial(torch.optim.SGD, lr=lr, momentum=momentum)
+
+
+def _refuse_without_basis(optim: str) -> None:
+    if optim != "sl2o":
+        raise ValueError(
+            f'optim="{optim}" needs a basis and got none; pass sl2o_basis=..., or optim_args="basis=PATH_OR_ID" '
+            "(make one with TrajectoryCallback and fit_basis)"
+        )
 
 
 def _average(rule: Rule, average: float | None, model: nn.Module | None) -> float:

@@ -1,6 +1,6 @@
 """CIFAR-10 for the recipes: uint8 images and labels as tensors, and endless batches with random crops and flips.
 
->>> from recipes.cifar_data import load_cifar
+>>> from hf_sl2o.experiments.data.cifar import load_cifar
 >>> images, labels = load_cifar("embedded", "train", rows=5)
 >>> images.shape, labels.tolist()
 (torch.Size([5, 3, 32, 32]), [4, 9, 3, 0, 3])
@@ -262,7 +262,7 @@ class ImageSet(torch.utils.data.Dataset[Any]):
     Example:
 
     ```python
-    >>> from recipes.cifar_data import ImageSet, load_cifar
+    >>> from hf_sl2o.experiments.data.cifar import ImageSet, load_cifar
     >>> train = ImageSet(*load_cifar("embedded", "train", rows=100), augment=True)
     >>> train.__getitems__([3, 5])["pixel_values"].shape  # a DataLoader with collate_fn=as_is asks for this
     torch.Size([2, 3, 32, 32])

@@ -1,6 +1,6 @@
 """Restaurant meaning representations and sentences in the style of E2E, generated: the recipe needs no download.
 
->>> from recipes.e2e_embedded import generate
+>>> from hf_sl2o.experiments.data.e2e_embedded import generate
 >>> rows = generate("train", 2)
 >>> sorted(rows[0])
 ['mr', 'ref']

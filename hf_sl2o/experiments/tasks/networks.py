@@ -2,7 +2,7 @@
 
 All map images of shape `(B, 3, 32, 32)`, float, to logits of shape `(B, num_classes)`.
 
->>> from recipes.networks import resnet8
+>>> from hf_sl2o.experiments.tasks.networks import resnet8
 >>> sum(p.numel() for p in resnet8().parameters())
 75290
 """
