@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from step_cost import alternating, row
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sl2o import Layout, LearnedOptimizer, RandomBasis, SubspaceOptimizer
 from hf_sl2o.experiments.environment import environment
+from hf_sl2o.experiments.timing import alternating, row
 from hf_sl2o.foundation.files import save_json
 from hf_sl2o.rules import load_rule
 

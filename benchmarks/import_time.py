@@ -16,11 +16,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from step_cost import row
-
 from hf_sl2o.experiments.command_line.flags import parse_options
 from hf_sl2o.experiments.command_line.script import run_script
 from hf_sl2o.experiments.environment import environment
+from hf_sl2o.experiments.timing import row
 from hf_sl2o.foundation.files import save_json
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -42,15 +42,15 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT))
 
-from step_cost import alternating, row  # noqa: E402
 
 from hf_sl2o import Layout, LSTMRule, RandomBasis, Rule, Task, unroll  # noqa: E402
 from hf_sl2o.experiments.command_line.flags import parse_options  # noqa: E402
 from hf_sl2o.experiments.command_line.script import run_script  # noqa: E402
 from hf_sl2o.experiments.environment import environment, peak_bytes, reset_peak  # noqa: E402
 from hf_sl2o.experiments.tasks.networks import resnet8, resnet18  # noqa: E402
+from hf_sl2o.experiments.timing import alternating, row  # noqa: E402
 from hf_sl2o.foundation.files import save_json  # noqa: E402
 from hf_sl2o.meta.task import InnerRun  # noqa: E402
 

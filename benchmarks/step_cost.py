@@ -6,9 +6,6 @@ python benchmarks/step_cost.py --json benchmarks/results/step_cost.json
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,47 +16,10 @@ from hf_sl2o import Layout, LSTMRule, RandomBasis, SubspaceOptimizer
 from hf_sl2o.experiments.command_line.flags import parse_options
 from hf_sl2o.experiments.command_line.script import run_script
 from hf_sl2o.experiments.environment import environment
+from hf_sl2o.experiments.timing import alternating, row
 from hf_sl2o.foundation.files import save_json
 
 SIZES = {"tiny": (2, 2, 64, 1000), "gpt2": (12, 12, 768, 50257)}  # layers, heads, width, vocabulary
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    synchronize()
-    start = time.perf_counter()
-    work()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def alternating(works: dict[str, Callable[[], Any]], rounds: int, warmup: int = 5) -> dict[str, list[float]]:
-    """Times the works in turn, so that what else the machine does hits all of them alike."""
-    for work in works.values():
-        for _ in range(warmup):
-            work()
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
-        for name, work in works.items():
-            times[name].append(seconds(work))
-    return times
-
-
-def row(name: str, times: list[float], unit: str = "s", baseline: float | None = None) -> dict[str, Any]:
-    value = statistics.median(times)
-    quartiles = statistics.quantiles(times, n=4)
-    return {
-        "name": name,
-        "value": value,
-        "unit": unit,
-        "quartiles": [quartiles[0], quartiles[2]],
-        "baseline": baseline,
-        "ratio": None if baseline is None else value / baseline,
-    }
 
 
 def build(size: str) -> GPT2LMHeadModel:

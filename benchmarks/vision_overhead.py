@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_cost import row, synchronize
 from transformers import PrinterCallback
 
 from hf_sl2o import Layout, RandomBasis, SL2OTrainer, SL2OTrainingArguments, SubspaceOptimizer
@@ -24,6 +23,7 @@ from hf_sl2o.experiments.command_line.script import run_script
 from hf_sl2o.experiments.data.cifar import ImageSet, as_is, load_cifar
 from hf_sl2o.experiments.environment import environment
 from hf_sl2o.experiments.tasks.networks import Classifier, resnet8, resnet20
+from hf_sl2o.experiments.timing import row, synchronize
 from hf_sl2o.foundation.files import save_json
 
 BATCH, DIM = 128, 40

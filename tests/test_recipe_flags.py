@@ -32,6 +32,7 @@ TIMERS = ("gpu", "gpu_vision", "import_time", "meta_processes", "meta_training",
 def nothing_is_begun(monkeypatch, tmp_path):
     """Whatever reads data or trains fails the test; paths are below a folder of its own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")  # where a benchmark runs
     (tmp_path / "afile").write_text("x")
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

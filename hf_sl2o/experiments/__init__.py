@@ -5,7 +5,8 @@ Through a Trainer, from an ordinary run to the table (`Comparison`):
 - `subject`: what is compared: model, data, loss;  `images`: the same for CIFAR
 - `comparison`: the stages;  `meta_stage`: the one that trains a rule;  `kept/`: what stays on disk between two starts
 - `arguments`, `arms`: what a comparison is told, and its optimizers;  `tuning`: learning rates and seeds
-- `levels`, `curves`, `judging`: steps to a loss, and what was paid;  `table`, `figures`, `environment`: what is written
+- `levels`, `curves`, `judging`: steps to a loss, and what was paid;  `table`, `figures`, `environment`,
+  `timing`: what is written
 - `command_line/`: flags of recipes and studies;  `data/`: E2E and CIFAR;  `p_bfgs`: a baseline of the paper
 
 In a plain loop, on small tasks (`compare_on`):
