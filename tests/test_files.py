@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from hf_sl2o import Trajectory
 from hf_sl2o.foundation.files import (
@@ -88,6 +88,24 @@ def test_every_bit_of_a_file_counts(tmp_path):
         path.write_bytes(other)
         with pytest.raises(ValueError, match="x.safetensors .*truncated, damaged or not a safetensors file"):
             load_tensors(path)
+
+
+def test_equal_contents_make_equal_files(tmp_path):
+    further = {"one": "1", "two": "zwei ü", "three": 'a "quoted" \n line'}
+    tensors = {"a": torch.randn(3, 5), "b": torch.zeros(2, dtype=torch.bfloat16)}
+    contents = set()
+    for number in range(12):
+        save_tensors(tmp_path / f"{number}.safetensors", tensors, **further)
+        contents.add((tmp_path / f"{number}.safetensors").read_bytes())
+    assert len(contents) == 1
+    assert load_metadata(tmp_path / "0.safetensors").items() >= further.items()
+    assert torch.equal(load_tensors(tmp_path / "0.safetensors")["a"], tensors["a"])
+    plain = set()
+    for number in range(12):  # the library alone
+        save_file(tensors, tmp_path / "plain.safetensors", metadata=further)
+        plain.add((tmp_path / "plain.safetensors").read_bytes())
+    assert len(plain) > 1
+    assert torch.equal(load_file(tmp_path / "3.safetensors")["a"], tensors["a"])
 
 
 def test_files_of_earlier_versions_have_no_checksum_and_load(tmp_path):

@@ -87,6 +87,7 @@ def tensor_writer(tensors: Mapping[str, torch.Tensor], **metadata: str) -> Calla
 
     def write(path: str) -> None:
         save_file(contiguous, path, metadata={"format": "pt", **metadata, CHECKSUM: _UNSEALED})
+        _sort_metadata(path)
         header, start, stop = _read_header(Path(path))
         with open(path, "r+b") as file:
             file.seek(start)
@@ -287,6 +288,18 @@ def _read_header(path: Path) -> tuple[bytes, int, int]:
     if unknown := sorted(set(metadata) - _OLD_METADATA):
         raise ValueError(f"its metadata has the key {unknown[0]!r} and no checksum")
     return header, 0, 0
+
+
+def _sort_metadata(path: str) -> None:
+    """Puts the metadata of a new file in order: else equal contents make files that differ, which a Hub stores anew."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        data = json.loads(file.read(length))
+        data["__metadata__"] = dict(sorted(data["__metadata__"].items()))
+        header = json.dumps(data, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(header) <= length:
+            file.seek(8)
+            file.write(header.ljust(length))
 
 
 def _digest(path: Path, header: bytes) -> str:
