@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, SchedulerType
 
 from hf_sl2o import SL2OTrainingArguments
-from hf_sl2o.experiments.arguments import TRAINER_DEFAULTS, ComparisonArguments
+from hf_sl2o.experiments.arguments import TRAINER_DEFAULTS, RecipeFlags
 from hf_sl2o.experiments.arms import Arm, grid
 from hf_sl2o.experiments.command_line.flags import load_named
 from hf_sl2o.experiments.command_line.recipe import run_recipe
@@ -46,7 +46,7 @@ ARMS: dict[str, Arm] = {
 
 
 @dataclass
-class RecipeArguments(ComparisonArguments):
+class RecipeArguments(RecipeFlags):
     """What the recipe adds to the flags of the Trainer."""
 
     data: str = field(default="embedded", metadata={"help": "embedded, hub, or a folder with the released CSVs."})

@@ -25,7 +25,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_sl2o import SL2OTrainingArguments
-from hf_sl2o.experiments.arguments import ComparisonArguments
+from hf_sl2o.experiments.arguments import RecipeFlags
 from hf_sl2o.experiments.arms import Arm, grid, rule_arms
 from hf_sl2o.experiments.command_line.flags import load_named
 from hf_sl2o.experiments.command_line.recipe import run_recipe
@@ -45,7 +45,7 @@ ARMS: dict[str, Arm] = {
 
 
 @dataclass
-class RecipeArguments(ComparisonArguments):
+class RecipeArguments(RecipeFlags):
     """What the recipe adds to the flags of the Trainer."""
 
     data: str = field(default="hub", metadata={"help": "A folder with train/CLASS/* and validation/CLASS/*, or hub."})

@@ -101,7 +101,7 @@ def test_equal_contents_make_equal_files(tmp_path):
     assert load_metadata(tmp_path / "0.safetensors").items() >= further.items()
     assert torch.equal(load_tensors(tmp_path / "0.safetensors")["a"], tensors["a"])
     plain = set()
-    for number in range(12):  # the library alone
+    for _ in range(12):  # the library alone
         save_file(tensors, tmp_path / "plain.safetensors", metadata=further)
         plain.add((tmp_path / "plain.safetensors").read_bytes())
     assert len(plain) > 1

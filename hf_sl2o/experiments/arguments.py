@@ -59,14 +59,27 @@ def training_arguments(output_dir: str, *, max_steps: int, **changes: Any) -> SL
 
 @dataclass
 class ComparisonArguments:
-    """What a recipe adds to the flags of the Trainer."""
+    """Settings of a comparison beside the arguments of the Trainer; each field's `help` says what it is.
 
-    subspace: str = field(default="pca-full", metadata={"help": "pca-full, pca-lora, lora, or random."})
+    Raises:
+        `ValueError`: a value that cannot be right, or a rule that is both given and to be kept.
+
+    Example:
+
+    ```python
+    >>> from hf_sl2o.experiments import ComparisonArguments
+    >>> ComparisonArguments(dim=20, trajectory_steps=400, rule="default").snapshots
+    60
+
+    ```
+    """
+
+    subspace: str = field(
+        default="pca-full",
+        metadata={"help": "pca-full, pca-lora: of a recorded run; lora: each trainable scalar; random."},
+    )
     dim: int = field(default=40, metadata={"help": "d (the paper: 40)."})
-    lora_rank: int = field(default=4, metadata={"help": "r of pca-lora and lora (the paper: 4)."})
     seeds: int = field(default=3, metadata={"help": "Runs of each arm; they differ in the order of the data."})
-    train_rows: int | None = field(default=None, metadata={"help": "First so many rows; default: all."})
-    eval_rows: int = field(default=256, metadata={"help": "Rows of the validation split."})
     trajectory_steps: int = field(default=1200, metadata={"help": "Steps of the full-space run that is recorded."})
     snapshots: int = field(default=60, metadata={"help": "Recorded at even distances (the paper: 60)."})
     trajectory_learning_rates: list[float] | None = field(
@@ -79,13 +92,14 @@ class ComparisonArguments:
         default=None,
         metadata={"help": "Of the rule, in units of the coordinates; default: 1 in a basis, the recipe's in lora."},
     )
-    rule: str | None = field(default=None, metadata={"help": "Use this rule instead of meta-training one."})
+    rule: str | None = field(
+        default=None, metadata={"help": "A folder, or the name of one that ships, instead of meta-training one."}
+    )
     save_rule: str | None = field(default=None, metadata={"help": "Keep the rule here, with how it was made."})
     arms: list[str] | None = field(default=None, metadata={"help": "Default: all that make sense."})
     quick_grid: bool = field(
         default=False, metadata={"help": "Two learning rates in each coordinates instead of up to four."}
     )
-    demo: bool = field(default=False, metadata={"help": "Everything in a few minutes on two cores."})
 
     #: The arms by name, of the recipe.
     known_arms: ClassVar[Mapping[str, Arm]] = ARMS
@@ -99,8 +113,6 @@ class ComparisonArguments:
             )
         if self.subspace not in ("pca-full", "pca-lora", "lora", "random"):
             raise ValueError(f"--subspace is {self.subspace!r}, expected pca-full, pca-lora, lora, or random")
-        if unknown := sorted(set(self.arms or []) - self.arm_names()):
-            raise ValueError(f"--arms has {unknown[0]!r}, expected any of {sorted(self.arm_names())}")
 
     def given_rules(self) -> Mapping[str, Path]:
         """Folders of rules that are used unchanged, by arm."""
@@ -110,12 +122,23 @@ class ComparisonArguments:
         return {*self.known_arms, *self.given_rules()}
 
 
+@dataclass
+class RecipeFlags(ComparisonArguments):
+    """What the recipes add to the settings of a comparison."""
+
+    lora_rank: int = field(default=4, metadata={"help": "r of pca-lora and lora (the paper: 4)."})
+    train_rows: int | None = field(default=None, metadata={"help": "First so many rows; default: all."})
+    eval_rows: int = field(default=256, metadata={"help": "Rows of the validation split."})
+    demo: bool = field(default=False, metadata={"help": "Everything in a few minutes on two cores."})
+
+
 def training_settings(args: SL2OTrainingArguments) -> dict[str, Any]:
     """The flags of the Trainer that change what a run computes and keeps; each process has a batch of its own."""
     names = [
         "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps", "logging_steps",
         "seed", "bf16", "fp16", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2",
         "adam_epsilon", "weight_decay", "label_smoothing_factor", "data_seed", "lr_scheduler_kwargs",
+        "dataloader_drop_last", "neftune_noise_alpha", "label_names", "remove_unused_columns",
     ]  # fmt: skip
     return {**{name: getattr(args, name) for name in names}, "processes": PartialState().num_processes}
 
@@ -127,15 +150,18 @@ def check_together(
 
     `arms` are those that may run, by default the ones that the recipe knows.
     """
-    known = recipe.known_arms if arms is None else arms
+    known = {**recipe.known_arms, **dict.fromkeys(recipe.given_rules(), ARMS["sl2o"])} if arms is None else arms
+    _check_arms(recipe, known)
     if args.eval_strategy != "steps":
         raise ValueError(
             f"eval_strategy is {getattr(args.eval_strategy, 'value', args.eval_strategy)!r}, expected 'steps': rates "
             "are chosen, and steps counted, by evaluations; make them by hf_sl2o.experiments.training_arguments"
         )
+    if not (isinstance(args.eval_steps, int | float) and args.eval_steps >= 1):
+        raise ValueError(f"eval_steps is {args.eval_steps}, expected a whole number of steps of at least 1")
     check_directions(recipe)
     refuse_sharding(fsdp=args.fsdp, deepspeed=args.deepspeed)
-    chosen = set(recipe.arms or {*known, *recipe.given_rules()})
+    chosen = set(recipe.arms or known)
     full = {name for name, arm in known.items() if arm.basis == "none" and name in chosen}
     lengths = {"max_steps": args.max_steps}
     if full or recipe.subspace.startswith("pca"):
@@ -162,6 +188,23 @@ def check_together(
     refused("lr_scheduler_kwargs" if args.lr_scheduler_kwargs else "lr_scheduler_type", args, schedule)
     refused("report_to", args, lambda args: get_reporting_integration_callbacks(args.report_to))
     check_places({**vars(recipe), "output_dir": args.output_dir})
+
+
+def _check_arms(recipe: ComparisonArguments, known: Mapping[str, Arm]) -> None:
+    """Raises where an arm is unknown, cannot be run, or is needed and not there."""
+    if unknown := sorted(set(recipe.arms or ()) - set(known)):
+        raise ValueError(f"--arms has {unknown[0]!r}, expected any of {sorted(known)}")
+    for name, arm in known.items():
+        arm.check(name)
+    if not set(recipe.arms or known) - redundant_arms(recipe.subspace):
+        raise ValueError(
+            f"--subspace is {recipe.subspace!r} and --arms {recipe.arms}: of these none runs in it; give another arm"
+        )
+
+
+def redundant_arms(subspace: str) -> set[str]:
+    """Arms that would do in a subspace what another one does."""
+    return {"lora": {"subspace_adamw"}, "random": {"random"}}.get(subspace, set())
 
 
 def refused(flag: str, args: SL2OTrainingArguments, make: Callable[[SL2OTrainingArguments], Any]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.training_args import OptimizerNames
 
 from ..rules import SHIPPED_RULES
+from .kept.keys import source_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,27 @@ class Arm:
     basis: str = "learned"  # "learned", "random", "none"
     make: Callable[[list[nn.Parameter], float], torch.optim.Optimizer] | None = None  # of the full space
     decay_at: tuple[float, ...] = ()  # shares of the run after which the rate is a tenth; () is --lr_scheduler_type
+
+    def check(self, name: str) -> None:
+        """Raises `ValueError` where the arm cannot be run."""
+        known = {"none": ("full",), "learned": ("std", "orthonormal"), "random": ("std", "orthonormal")}
+        if self.basis not in known:
+            raise ValueError(f"the arm {name!r} has basis={self.basis!r}, expected one of {', '.join(known)}")
+        if self.make is None and self.optim not in [member.value for member in OptimizerNames] + ["p_bfgs"]:
+            raise ValueError(f"the arm {name!r} has optim={self.optim!r}, which no Trainer knows; give make=")
+        if not self.grid:
+            raise ValueError(f"the arm {name!r} has an empty grid; give a learning rate, such as grid(std=(1.0,))")
+        for units, lr in self.grid:
+            if units not in known[self.basis] or not (lr > 0 and math.isfinite(lr)):
+                raise ValueError(
+                    f"the arm {name!r} has {(units, lr)} in its grid, expected units of "
+                    f"{', '.join(known[self.basis])} and a finite rate above 0"
+                )
+
+    @property
+    def key(self) -> list[Any]:
+        """What its runs depend on beside units, rate and schedule."""
+        return [self.optim, self.momentum, self.basis, None if self.make is None else source_of(self.make)]
 
 
 def grid(**learning_rates: tuple[float, ...]) -> tuple[tuple[str, float], ...]:

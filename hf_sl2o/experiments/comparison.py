@@ -16,7 +16,7 @@ from ..foundation.files import checksum_of, save_json
 from ..foundation.hub import WEIGHTS
 from ..rules import Rule, SymbolicRule
 from ..subspace import Basis, IdentityBasis, Layout, RandomBasis, Trajectory, fit_basis
-from .arguments import training_settings
+from .arguments import redundant_arms, training_settings
 from .arms import Arm, grid, rule_folder
 from .environment import environment, portable
 from .figures import plot
@@ -42,18 +42,19 @@ class Comparison(Subject):
     Args:
         model (`nn.Module`): At its starting weights; each run begins at a copy. What requires gradients is trained.
         args ([`SL2OTrainingArguments`]): Of the runs in the subspace, from [`training_arguments`]; `output_dir` keeps
-            everything.
+            everything. Runs of all weights have their length from the settings, and gradients clipped at 1.0.
         settings ([`ComparisonArguments`], *optional*): Length of the recorded run, d, seeds, the rule.
         train_dataset, eval_dataset: Rows that can be counted and indexed. The second one chooses learning rates, the
             recorded run and the rule, so final numbers need a third.
         loss (`Callable`, *optional*): Mean loss of `(model, batch)`, 0-d; by default the model's own, `.loss`.
         data_collator, processing_class, compute_metrics, callbacks (*optional*): As for a Trainer.
         arms (`Mapping[str, Arm]`, *optional*): By default [`~hf_sl2o.experiments.arms.ARMS`].
-        identity (`Sequence`, *optional*): JSON values that tell this data and loss from others, for what is kept; by
-            default a hash of the first 1,000 rows, their number, and the loss' source code.
+        identity (`Sequence`, *optional*): JSON values that tell data and functions from others, for what is kept; by
+            default hashes of the first 1,000 rows and their number, and of the source code of loss, collator and
+            metrics with what they enclose. What these read from elsewhere is not seen.
 
     Raises:
-        `ValueError`: settings that do not fit each other, or the data.
+        `ValueError`: settings that do not fit each other, the arms or the data; a loss that is no number at the start.
 
     Example:
 
@@ -149,7 +150,7 @@ class Comparison(Subject):
         folder = self.folder / name / "runs" / f"{units}-{lr:g}-seed-{seed}"
         if basis is None:  # the full space
             args = self.full_space(name, folder, lr, seed)
-            identity = self.key, training_settings(args), name, choice, seed, arm.decay_at
+            identity = self.key, training_settings(args), name, arm.key, choice, seed, arm.decay_at
             if name != self.recorded_arm or not self.recipe.subspace.startswith("pca"):
                 return self.train_once(folder, args, stamp(identity), arm)
             recorder = Recorder(folder / "trajectory", every_steps=self.recorded_steps()[1], overwrite=True)
@@ -166,7 +167,7 @@ class Comparison(Subject):
         used = {what: value.fingerprint for what, value in objects.items()}
         if average := self.average_of(own):
             used["average"] = average
-        key = stamp(self.key, training_settings(args), name, choice, seed, used, arm.decay_at)
+        key = stamp(self.key, training_settings(args), name, arm.key, choice, seed, used, arm.decay_at)
         return self.train_once(folder, args, key, arm, **objects)
 
     def rule_of(self, name: str, arm: Arm, rule: Rule | None) -> Rule | None:
@@ -198,7 +199,7 @@ class Comparison(Subject):
     def train(self, basis: Basis, rule: Rule | None) -> dict[str, Any]:
         """Tunes every arm on validation, and runs its two best choices with every seed."""
         recipe, runs = self.recipe, {}
-        redundant = {"lora": {"subspace_adamw"}, "random": {"random"}}.get(recipe.subspace, set())
+        redundant = redundant_arms(recipe.subspace)
         for name, arm in self.arms.items():
             if name in redundant or (recipe.arms and name not in recipe.arms):
                 continue
@@ -246,10 +247,6 @@ class Comparison(Subject):
             "environment": environment(),
         }
         save_json(self.folder / "comparison.json", comparison)
-        try:
-            plot(comparison, self.folder / "comparison.png")
-        except ImportError as error:
-            print(f"no figure: {error}")
         return comparison
 
     def make_basis(self, stages: dict[str, Any]) -> Basis:
@@ -333,5 +330,9 @@ class Comparison(Subject):
             return None
         comparison = self.write(runs, stages)
         print(f"{table(comparison)}\n\n{paid_once(comparison, basis.dim)}")
+        try:
+            plot(comparison, self.folder / "comparison.png")
+        except ImportError as error:
+            print(f"no figure: {error}")
         print(f"Written: {self.folder / 'comparison.json'}, comparison.png, and checkpoints of each arm.")
         return comparison

@@ -30,5 +30,7 @@ def mean_steps_to(curves: Sequence[Sequence[Sequence[float]]], target: float) ->
 
 
 def mean_curve(curves: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
-    """Averages (step, loss) curves of equal steps over seeds."""
-    return [[points[0][0], sum(loss for _, loss in points) / len(points)] for points in zip(*curves, strict=True)]
+    """Averages (step, loss) curves over seeds, at the steps that all of them have."""
+    values = [{step: loss for step, loss in curve} for curve in curves]
+    steps = [step for step, _ in curves[0] if all(step in of for of in values)]
+    return [[step, sum(of[step] for of in values) / len(values)] for step in steps]

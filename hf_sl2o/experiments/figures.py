@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,8 +57,11 @@ def plot(comparison: Mapping[str, Any], path: str | Path, *, early: int = 250) -
     """
     runs = comparison["runs"]
     last = max(run["eval"][-1][0] for run in runs.values())
-    lowest = min(loss for run in runs.values() for key in ("train_loss", "eval") for _, loss in run[key])
-    highest = max(run["eval"][0][1] for run in runs.values())
+    losses = [loss for run in runs.values() for key in ("train_loss", "eval") for _, loss in run[key]]
+    lowest = min(filter(math.isfinite, losses), default=0.0)
+    highest = max(filter(math.isfinite, (run["eval"][0][1] for run in runs.values())), default=1.0)
+    margin = 0.03 * (highest - lowest)
+    limits = (lowest * 0.95, highest * 1.03) if lowest > 0 else (lowest - margin, highest + margin)
     with canvas(path, 2, 2, figsize=(12, 7.5)) as (_, axes):
         for row, (key, title) in enumerate((("train_loss", "training loss"), ("eval", "validation loss"))):
             for column, limit in enumerate((min(early, last), last)):
@@ -68,10 +72,11 @@ def plot(comparison: Mapping[str, Any], path: str | Path, *, early: int = 250) -
                     axis.plot(
                         *zip(*points, strict=True), label=arm, linewidth=2.4 if ours else 1.2, zorder=9 if ours else 2
                     )
-                axis.set(xlabel="step", ylabel=title, xlim=(0, limit), ylim=(lowest * 0.95, highest * 1.03))
-                axis.set_yscale("log")
+                axis.set(xlabel="step", ylabel=title, xlim=(0, limit), ylim=limits)
+                if lowest > 0:
+                    axis.set_yscale("log")
+                    axis.yaxis.set_minor_formatter("{x:.2g}")
                 axis.yaxis.set_major_formatter("{x:.2g}")
-                axis.yaxis.set_minor_formatter("{x:.2g}")
                 axis.grid(alpha=0.3, which="both")
                 axis.set_title(f"{title}, {'first ' if limit < last else ''}{limit} steps")
         axes[0][0].legend(fontsize=8)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..training import SL2OTrainer, SL2OTrainingArguments
-from .arguments import TRAINER_DEFAULTS, ComparisonArguments
+from .arguments import TRAINER_DEFAULTS, RecipeFlags
 from .arms import rule_arms
 from .comparison import Comparison
 from .data.cifar import ImageSet, as_is, crop_and_flip, load_cifar, normalize
@@ -34,7 +34,7 @@ IMAGE_DEFAULTS: dict[str, Any] = {
 
 
 @dataclass
-class CifarArguments(ComparisonArguments):
+class CifarArguments(RecipeFlags):
     """What these recipes add to the flags of the Trainer."""
 
     data: str = field(default="embedded", metadata={"help": "embedded, hub, or a folder with the parquet files."})

@@ -25,7 +25,7 @@ from .arguments import ComparisonArguments, check_together, training_settings
 from .arms import ARMS, Arm
 from .command_line.flags import check_directions
 from .kept.files import sweep
-from .kept.keys import digest, fingerprint_of, source_of, stamp
+from .kept.keys import fingerprint_of, model_key, source_of, stamp
 from .kept.run import kept_run
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
@@ -63,7 +63,7 @@ class Subject:
         data_collator: Callable[[list[Any]], Any] | None = None,
         processing_class: Any = None,
         compute_metrics: Callable[[Any], dict[str, float]] | None = None,
-        callbacks: Sequence[Any] = (),
+        callbacks: Sequence[Any] | None = None,
         arms: Mapping[str, Arm] | None = None,
         identity: Sequence[Any] | None = None,
     ) -> None:
@@ -73,12 +73,14 @@ class Subject:
         self.start, self.own_loss = model, loss
         self.arms = self.arms if arms is None else arms
         sets = {"train": train_dataset, "validation": eval_dataset}
-        self.train_set, self.eval_set = sets["train"], sets["validation"] = [
-            used_columns(rows, model, args) if loss is None else rows for rows in sets.values()
-        ]
         for name, rows in sets.items():
-            if not hasattr(rows, "__len__") or not len(rows):
-                raise ValueError(f"the {name} data has no rows that can be counted; give a list or a Dataset")
+            if isinstance(rows, Mapping) or not hasattr(rows, "__len__") or not len(rows):
+                raise ValueError(
+                    f"the {name} data has no rows that can be counted; give a list or a Dataset (it is of the type "
+                    f"{type(rows).__name__})"
+                )
+            sets[name] = used_columns(rows, model, args) if loss is None else rows
+        self.train_set, self.eval_set = sets["train"], sets["validation"]
         if data_collator is None:
             data_collator = default_collator(processing_class, self.train_set[0])
         self.collate = data_collator
@@ -88,11 +90,12 @@ class Subject:
             "data_collator": data_collator,
             "processing_class": processing_class,
             "compute_metrics": compute_metrics,
-            "callbacks": list(callbacks),
+            "callbacks": list(callbacks or ()),
         }
         self.data = {name: {"rows": len(rows), "fingerprint": fingerprint_of(rows)} for name, rows in sets.items()}
         if identity is None:
-            identity = (self.data, None if loss is None else source_of(loss))
+            functions = (loss, data_collator, compute_metrics)
+            identity = (self.data, [None if function is None else source_of(function) for function in functions])
         self.begin(settings or ComparisonArguments(), args, *identity)
 
     def begin(self, recipe: ComparisonArguments, args: SL2OTrainingArguments, *identity: Any) -> None:
@@ -101,6 +104,11 @@ class Subject:
         self.recorded: dict[Path, tuple[float, float]] = {}  # validation loss and seconds
         check_together(recipe, args, self.arms)
         check_directions(recipe, self.recorded_share)
+        if recipe.subspace.startswith("pca") and self.recorded_arm not in self.arms:
+            raise ValueError(
+                f"the arms are {sorted(self.arms)}, expected {self.recorded_arm!r} among them: its run is recorded "
+                "(recorded_arm of a subclass names another one)"
+            )
         n = Layout.from_named_parameters(self.start.named_parameters()).n
         if recipe.subspace != "lora" and recipe.dim > n:
             raise ValueError(f"--dim is {recipe.dim}, expected at most the {n} parameters that are trained")
@@ -109,10 +117,10 @@ class Subject:
         self.rules_as_they_are = {arm: Rule.from_pretrained(folder) for arm, folder in self.rule_folders.items()}
         names = ("subspace", "dim", "lora_rank", "trajectory_steps", "snapshots")
         self.key = stamp(
-            [getattr(recipe, name) for name in names],
+            [getattr(recipe, name, None) for name in names],
             identity,
             {**training_settings(args), "max_steps": None},
-            digest(*self.start.parameters()),
+            model_key(self.start),
         )
 
     # What the stages ask for
@@ -151,7 +159,8 @@ class Subject:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.args.bf16):
             if self.own_loss is not None:
                 return self.own_loss(model, batch)
-            return model(**batch).loss  # type: ignore[no-any-return]
+            out = model(**batch)
+            return out["loss"] if isinstance(out, Mapping) else out[0]  # type: ignore[no-any-return]
 
     def eval_batches(self) -> Sequence[Any]:
         """Held-out batches that choose the rule."""
@@ -197,6 +206,7 @@ class Subject:
             setattr(args, name, value)
         if self.own_loss is not None:
             args.remove_unused_columns = False
+        args.logging_nan_inf_filter = False  # a run that diverged is not shown with a loss of 0
         return args
 
     def train_once(
@@ -230,6 +240,11 @@ def used_columns(rows: Any, model: nn.Module, args: SL2OTrainingArguments) -> An
     if hasattr(model, "get_base_model"):
         inner = inner.get_base_model()
     known = {*inspect.signature(inner.forward).parameters, "label", "label_ids", "labels", *(args.label_names or ())}
+    if not set(columns) & known:
+        raise ValueError(
+            f"the data has the columns {columns}, of which the model takes none; it takes "
+            f"{sorted(inspect.signature(inner.forward).parameters)}"
+        )
     return rows.remove_columns([column for column in columns if column not in known])
 
 

@@ -291,7 +291,7 @@ def _read_header(path: Path) -> tuple[bytes, int, int]:
 
 
 def _sort_metadata(path: str) -> None:
-    """Puts the metadata of a new file in order: else equal contents make files that differ, which a Hub stores anew."""
+    """Puts the metadata of a new file in order: else equal contents make files that differ, and a Hub keeps each."""
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         data = json.loads(file.read(length))

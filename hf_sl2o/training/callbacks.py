@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import IntervalStrategy
@@ -17,7 +18,7 @@ from ..subspace import Trajectory
 
 def unwrap_optimizer(optimizer: Any) -> Any:
     """Returns the optimizer behind Accelerate's wrapper."""
-    while not isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer) and hasattr(optimizer, "optimizer"):
+    while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
 

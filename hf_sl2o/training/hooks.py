@@ -4,27 +4,31 @@
     Three more names, and what makes their optimizers. Without: `optim="sl2o"` is refused; a Trainer still takes
     `optimizer_cls_and_kwargs=(SubspaceOptimizerFactory, {...})`.
 `Trainer._prepare_for_training`
-    Compares the processes; tells the optimizer the model and the length of the run. Without: where the user gave
-    epochs, a rule that sees the share of the run that is done raises at its first step; the running average is
-    neither kept nor published; ranks that were started differently train apart, or wait for ever.
+    Before the optimizer is made: reads `optim_args` in words that help, and compares the arguments of the processes.
+    After it is made and resumed: tells it the length of the run and the model, begins anew where a Trainer trains
+    again, and warns of what changes the result. Without: where the user gave epochs, a rule that sees the share of the
+    run that is done (`default`) raises at its first step; an optimizer that was made of named parameters does not
+    publish its average; ranks with other arguments train apart, or wait for ever.
 `Trainer._run_epoch`
-    Leaves a finished run as it is; publishes the average, also when an epoch ends by an exception. Without: resuming a
-    finished run takes a step too many; Ctrl-C leaves the weights at the last step instead of the average.
+    Leaves a finished run as it is; lets the optimizer listen to forward passes, and publishes the average where an
+    epoch ends by an exception. Without: resuming a finished run takes a step too many; Ctrl-C between a forward pass
+    and the end of its step leaves the weights at the last step instead of the average.
 `Trainer._clip_grad_norm`
     Leaves clipping to an optimizer that clips the projected gradient. Without: the n-sized gradient is clipped too,
     mostly by far more.
 
-Each method calls the one it stands in front of, and does nothing else where the optimizer is not ours.
+Each method calls the one it stands in front of, and does nothing else where neither `optim` nor the optimizer is ours.
 
 Less does not do it. The handler of a name, and the factory, see neither the length of a run of epochs nor what a
 resume loads into the optimizer. A callback has to be given to each Trainer, or (`DEFAULT_CALLBACKS`) to those of all
-other runs; it cannot end a run before its first step, and is not called when an epoch raises. The optimizer's own
-hooks run after clipping, and cannot undo it. Methods set on one Trainer object instead of the class would hide those
-of a user's subclass, and keep the object from being pickled.
+other runs; without gradient accumulation it cannot end a run before its first step, and it is not called when an epoch
+raises. The optimizer's own hooks run after clipping, and cannot undo it. Methods set on one Trainer object instead of
+the class would hide those of a user's subclass.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import Any
 
@@ -105,8 +109,9 @@ def hook_into_trainer() -> None:
     for name in _OURS:
         check_there(trainer.Trainer, name)
     for name, ours in _OURS.items():
-        _theirs.setdefault(name, getattr(trainer.Trainer, name))
-        setattr(trainer.Trainer, name, ours)
+        if name not in _theirs:  # what others have put in front of ours since stays
+            _theirs[name] = getattr(trainer.Trainer, name)
+            setattr(trainer.Trainer, name, functools.update_wrapper(ours, _theirs[name]))
 
 
 def check_there(owner: Any, name: str) -> None:

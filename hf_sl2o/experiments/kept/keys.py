@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
+
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def stamp(*settings: Any) -> str:
@@ -40,26 +45,77 @@ def fingerprint_of(rows: Any, most: int = 1000) -> str:
 
 
 def _add(found: Any, value: Any) -> None:
+    """Hashes a value with its type and length, so that no two of them run into each other."""
     if isinstance(value, Mapping):
+        found.update(f"map {len(value)};".encode())
         for key in sorted(value, key=str):
-            found.update(str(key).encode())
+            _add(found, key)
             _add(found, value[key])
     elif isinstance(value, list | tuple):
+        found.update(f"list {len(value)};".encode())
         for entry in value:
             _add(found, entry)
     elif torch.is_tensor(value):
-        found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        found.update(f"tensor {value.dtype} {tuple(value.shape)};".encode())
         found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif callable(value):
+        found.update(f"function {source_of(value)};".encode())
     elif hasattr(value, "tobytes"):  # arrays and images
+        kind = [getattr(value, name, None) for name in ("dtype", "shape", "mode", "size")]
+        found.update(f"array {kind};".encode())
         found.update(value.tobytes())
     else:
-        found.update(repr(value).encode())
+        text = _ADDRESS.sub("", repr(value))
+        found.update(f"{type(value).__name__} {len(text)};{text}".encode())
+
+
+def model_key(model: nn.Module) -> str:
+    """Tells one model at its start from another: structure, configuration, weights, buffers, what is trained."""
+    found = hashlib.sha256(_ADDRESS.sub("", repr(model)).encode())
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_json_string"):
+        found.update(config.to_json_string().encode())
+    _add(found, {name: p.requires_grad for name, p in model.named_parameters()})
+    _add(found, {name: tensor for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)})
+    return found.hexdigest()[:16]
 
 
 def source_of(function: Any) -> str:
-    """Tells one function from another: its name and its source code where that can be had."""
-    name = getattr(function, "__qualname__", type(function).__qualname__)
+    """Tells one function from another: source code, defaults, what it encloses, bound arguments, an object's state.
+
+    What it reads from elsewhere (global names, files) is not seen.
+    """
+    found = hashlib.sha256()
+    if isinstance(function, functools.partial):
+        found.update(source_of(function.func).encode())
+        _add(found, [list(function.args), function.keywords])
+        return found.hexdigest()[:16]
+    if inspect.ismethod(function):
+        found.update(source_of(function.__func__).encode())
+        _add(found, _state_of(function.__self__))
+        return found.hexdigest()[:16]
+    plain = inspect.isroutine(function) or inspect.isclass(function)
+    of = function if plain else type(function)
+    found.update(f"{of.__module__}.{of.__qualname__}".encode())
     try:
-        return stamp(name, inspect.getsource(function))
-    except (OSError, TypeError):
-        return stamp(name)
+        found.update(inspect.getsource(of).encode())
+    except (OSError, TypeError):  # built in, or typed at a prompt
+        code = getattr(of, "__code__", None)
+        found.update(b"" if code is None else code.co_code + _ADDRESS.sub("", repr(code.co_consts)).encode())
+    if not plain:
+        _add(found, _state_of(function))
+    _add(found, [getattr(of, "__defaults__", None), getattr(of, "__kwdefaults__", None)])
+    for cell in getattr(of, "__closure__", None) or ():
+        try:
+            content = cell.cell_contents
+        except ValueError:  # not bound yet
+            continue
+        if content is not function:
+            _add(found, content)
+    return found.hexdigest()[:16]
+
+
+def _state_of(value: Any) -> Any:
+    if isinstance(value, nn.Module):
+        return [repr(value), dict(value.state_dict())]
+    return {name: entry for name, entry in getattr(value, "__dict__", {}).items() if not callable(entry)}

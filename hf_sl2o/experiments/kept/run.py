@@ -110,7 +110,7 @@ class ArmTrainer(SL2OTrainer):
     ) -> Any:
         if self.own_loss is None:
             return super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-        loss = self.own_loss(model, inputs)
+        loss = self._checked(self.own_loss(model, inputs))
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -118,7 +118,20 @@ class ArmTrainer(SL2OTrainer):
             return super().prediction_step(model, inputs, *args, **kwargs)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.own_loss(model, inputs).detach(), None, None
+            return self._checked(self.own_loss(model, inputs)).detach(), None, None
+
+    def _checked(self, loss: Any) -> torch.Tensor:
+        if not torch.is_tensor(loss) or loss.ndim:
+            found = f"shape {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
+            raise ValueError(f"the loss of a batch is a {found}, expected a 0-d tensor: the mean over the batch")
+        return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics = super().evaluate(*args, **kwargs)
+        loss = metrics.get("eval_loss", 0.0)
+        if not self.state.global_step and not math.isfinite(loss):
+            raise ValueError(f"the validation loss at the start is {loss}; check the data, the loss and the model")
+        return metrics
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         model: Any = self.model
@@ -228,7 +241,7 @@ def curves(trainer: SL2OTrainer, diverged: bool = False) -> dict[str, Any]:
     def curve(name: str, every: float | None) -> list[list[float]]:
         points = {entry["step"]: entry[name] for entry in history if name in entry}
         steps = int(every or state.max_steps)
-        missing = range(steps, state.max_steps + 1, steps) if diverged and points else ()
+        missing = {*range(steps, state.max_steps + 1, steps), state.max_steps} if diverged and points else ()
         return [[step, points.get(step, math.nan)] for step in sorted({*points, *missing})]
 
     optimizer: Any = trainer.optimizer
