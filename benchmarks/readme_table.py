@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from hf_sl2o.experiments.levels import paid_for_rules
+from hf_sl2o.experiments.levels import at_edge, paid_for_rules
 from hf_sl2o.experiments.table import table
 from hf_sl2o.foundation.files import load_json
 
@@ -153,12 +153,6 @@ def meta_processes(result: dict) -> str:  # type: ignore[type-arg]
             f"| {row['name']} | {row['value']:.1f} ({min(row['all']):.1f} to {max(row['all']):.1f}) | {ratio} |"
         )
     return "\n".join(lines)
-
-
-def at_edge(run: dict) -> bool:  # type: ignore[type-arg]
-    """Whether a better learning rate may lie outside the grid that was run."""
-    rates = sorted(lr for units, lr, _ in run["grid"] if units == run["units"])
-    return len(rates) > 1 and run["learning_rate"] in (rates[0], rates[-1])
 
 
 def vision(result: dict) -> str:  # type: ignore[type-arg]

@@ -293,3 +293,18 @@ def test_a_manifest_cannot_lead_to_another_folder(tmp_path, name):
         with pytest.raises(ValueError, match="expected checkpoint-NUMBER"):
             act()
     assert (tmp_path / "elsewhere").is_dir()
+
+
+def test_a_setting_that_was_added_later_does_not_keep_an_old_run_from_going_on(tmp_path):
+    stamp = {"rule": {"beta1": 0.9, "agreement": False}, "args": {"seed": 0}}
+    old = {"rule": {"beta1": 0.9}, "args": {"seed": 0}}
+    later = {"rule": {"agreement": False, "average": 0.0}}
+    checkpoints = Checkpoints(tmp_path, old)
+    checkpoints.write(1, "meta", {"x": torch.ones(1)})
+    checkpoints.complete(1, {"epoch": 0})
+    assert Checkpoints(tmp_path, stamp, later).newest().progress == {"epoch": 0}
+    changed = {**stamp, "rule": {"beta1": 0.9, "agreement": True}}
+    with pytest.raises(ValueError, match="agreement was False, this run has True"):
+        Checkpoints(tmp_path, changed, later).newest()
+    with pytest.raises(ValueError, match="agreement was None, this run has False"):
+        Checkpoints(tmp_path, stamp).newest()

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from transformers import get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
-from ..rules import Rule
+from ..rules import SHIPPED_RULES, Rule
 from ..training import SL2OTrainingArguments
 from ..training.build import refuse_sharding
 from .arms import ARMS, Arm, rule_folder
@@ -184,6 +184,11 @@ def check_together(
     if recipe.rule is not None:
         given.append(("rule", rule_folder(recipe.rule)))
     for flag, folder in given:
+        if not folder.exists() and "/" not in str(folder) and "\\" not in str(folder):
+            shipped = sorted(path.name for path in SHIPPED_RULES.iterdir() if path.is_dir())
+            raise FileNotFoundError(
+                f"--{flag} is {str(folder)!r}, which is no folder here and no rule that ships: {', '.join(shipped)}"
+            )
         load_named(flag, folder, functools.partial(_load_with_cost, folder))
     refused("lr_scheduler_kwargs" if args.lr_scheduler_kwargs else "lr_scheduler_type", args, schedule)
     refused("report_to", args, lambda args: get_reporting_integration_callbacks(args.report_to))

@@ -49,22 +49,23 @@ def canvas(path: str | Path, rows: int = 1, columns: int = 1, **options: Any) ->
         pyplot.close(figure)
 
 
-def plot(comparison: Mapping[str, Any], path: str | Path, *, early: int = 250) -> None:
-    """Draws training and validation loss, the first `early` steps and the full range.
+def plot(comparison: Mapping[str, Any], path: str | Path) -> None:
+    """Draws training and validation loss: as many steps as the shortest run has (at most 250), and all of them.
 
     Raises:
         `ImportError`: matplotlib is missing (`pip install "hf-sl2o[analysis]"`).
     """
     runs = comparison["runs"]
-    last = max(run["eval"][-1][0] for run in runs.values())
+    ends = [run["eval"][-1][0] for run in runs.values()]
+    shown = sorted({min(250, *ends, max(ends)), max(ends)})
     losses = [loss for run in runs.values() for key in ("train_loss", "eval") for _, loss in run[key]]
     lowest = min(filter(math.isfinite, losses), default=0.0)
     highest = max(filter(math.isfinite, (run["eval"][0][1] for run in runs.values())), default=1.0)
     margin = 0.03 * (highest - lowest)
     limits = (lowest * 0.95, highest * 1.03) if lowest > 0 else (lowest - margin, highest + margin)
-    with canvas(path, 2, 2, figsize=(12, 7.5)) as (_, axes):
+    with canvas(path, 2, len(shown), figsize=(6 * len(shown), 7.5)) as (_, axes):
         for row, (key, title) in enumerate((("train_loss", "training loss"), ("eval", "validation loss"))):
-            for column, limit in enumerate((min(early, last), last)):
+            for column, limit in enumerate(shown):
                 axis = axes[row][column]
                 for arm, run in runs.items():
                     points = [(step, loss) for step, loss in run[key] if step <= limit]
@@ -78,7 +79,7 @@ def plot(comparison: Mapping[str, Any], path: str | Path, *, early: int = 250) -
                     axis.yaxis.set_minor_formatter("{x:.2g}")
                 axis.yaxis.set_major_formatter("{x:.2g}")
                 axis.grid(alpha=0.3, which="both")
-                axis.set_title(f"{title}, {'first ' if limit < last else ''}{limit} steps")
+                axis.set_title(f"{title}, {'first ' if limit < shown[-1] else ''}{limit} steps")
         axes[0][0].legend(fontsize=8)
 
 

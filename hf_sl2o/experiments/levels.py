@@ -79,13 +79,20 @@ def paid_for_rules(cost: Mapping[str, Any]) -> str:
     return f" Meta-training of rules used unchanged, once for every task: {', '.join(known)}." if known else ""
 
 
+def at_edge(run: Mapping[str, Any]) -> bool:
+    """Whether a better learning rate may lie outside the grid that was run."""
+    rates = sorted(lr for units, lr, _ in run["grid"] if units == run["units"])
+    return len(rates) > 1 and run["learning_rate"] in (rates[0], rates[-1])
+
+
 def paid_once(comparison: Mapping[str, Any], dim: int) -> str:
     """What stands below the table of a recipe."""
-    cost = comparison["amortised"]
+    cost, edge = comparison["amortised"], [arm for arm, run in comparison["runs"].items() if at_edge(run)]
     return (
         f"{comparison['n']:,} parameters, d = {dim}. Paid once, in training steps: trajectory {cost['trajectory']}, "
         f"meta-training {cost['meta_training']}; extraction {cost['seconds'].get('extract', 0):.1f} s."
         f"{paid_for_rules(cost)}"
+        + (f" At the edge of its grid, a better rate may lie outside: {', '.join(edge)}." if edge else "")
     )
 
 

@@ -48,10 +48,14 @@ class Checkpoints:
     Args:
         folder (`Path`): The run's.
         stamp (`dict`): What a run must share with the one that it goes on from: JSON values.
+        added_later (`Mapping`, *optional*): By part of the stamp, settings that older checkpoints may lack, and what
+            these runs did.
     """
 
-    def __init__(self, folder: Path, stamp: dict[str, Any]) -> None:
-        self.folder, self.stamp = folder, stamp
+    def __init__(
+        self, folder: Path, stamp: dict[str, Any], added_later: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
+        self.folder, self.stamp, self.added_later = folder, stamp, added_later or {}
 
     def write(self, step: int, part: str, tensors: Mapping[str, torch.Tensor], **metadata: str) -> None:
         """Writes one part of the checkpoint at `step`; each process writes its own."""
@@ -95,6 +99,9 @@ class Checkpoints:
         check_seal(path, manifest, REMEDY)
         for part, expected in self.stamp.items():
             found = manifest["stamp"].get(part)
+            if isinstance(found, dict):
+                later = self.added_later.get(part, {})
+                found = {**{key: value for key, value in later.items() if key in expected}, **found}
             if found != expected:
                 raise ValueError(
                     f"{path} was made with other settings: {_first_difference(part, found, expected)}; use another "

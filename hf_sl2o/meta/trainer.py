@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ..foundation.files import save_json
 from ..foundation.ranks import as_json, basis_facts, check_same_on_all_ranks, optimizer_facts, rule_facts
 from ..optim import LearnedOptimizer
-from ..rules.rule import Rule
+from ..rules import ADDED_LATER, Rule
 from .arguments import MetaTrainingArguments
 from .checkpoints import MANIFEST, Checkpoints, check_like, check_progress, optimizer_state, under
 from .episodes import Episode
@@ -34,8 +34,7 @@ from .task import Task, train_on
 
 logger = logging.getLogger(__name__)
 
-# What a checkpoint holds beside tensors.
-_PROGRESS = ("epoch", "meta_step", "window", "best", "log_history")
+_PROGRESS = ("epoch", "meta_step", "window", "best", "log_history")  # in a checkpoint, beside tensors
 # Changing these does not change what a run has computed so far.
 _FREE = ("output_dir", "disable_tqdm", "max_seconds", "save_steps", "logging_steps", "report_to", "process_timeout")
 # What each process may have to itself: what it shows, and the time that it has left.
@@ -355,7 +354,8 @@ class MetaTrainer:
             args.pop("meta_epochs")  # a longer run may go on from a shorter one
         tasks = [[task.name, task.basis.fingerprint] for task in self.tasks]
         stamp = {"args": args, "rule": self.rule.config.of_update(), "tasks": tasks, "estimator": repr(self.estimator)}
-        return Checkpoints(self.folder, json.loads(json.dumps(stamp)))
+        later = {"rule": ADDED_LATER, "args": {k: v for k, v in vars(MetaTrainingArguments).items() if k in args}}
+        return Checkpoints(self.folder, *json.loads(json.dumps([stamp, later])))
 
     def _save(self) -> None:
         checkpoints = self._checkpoints()

@@ -1,17 +1,17 @@
 """Learned update rules as pure functions: from a gradient and a state to a step and the next state.
 
 - `config`: every choice a rule makes, and the paper's presets
-- `inputs`: what a rule may see of a coordinate's tensor, beyond its momentum and gradient
+- `inputs`: what a rule sees, the columns of its network's input
 - `rule`: what all rules do;  `lstm`, `symbolic`: the two kinds
 - `load`, `shipped/`: the four rules that ship, and how a user's words name one
 
 It may import `foundation`, and torch; no transformers.
 """
 
-from .config import RuleConfig
+from .config import ADDED_LATER, RuleConfig
 from .load import SHIPPED_RULES, load_rule
 from .lstm import LSTMRule
 from .rule import Rule, RuleState
 from .symbolic import SymbolicRule
 
-__all__ = ["SHIPPED_RULES", "LSTMRule", "Rule", "RuleConfig", "RuleState", "SymbolicRule", "load_rule"]
+__all__ = ["ADDED_LATER", "SHIPPED_RULES", "LSTMRule", "Rule", "RuleConfig", "RuleState", "SymbolicRule", "load_rule"]

@@ -1,4 +1,4 @@
-"""What a rule is shown beyond m~ and g~, as pure functions: logarithms and signs, and numbers of whole tensors."""
+"""What a rule sees, as pure functions: the columns of its network's input, and the numbers of whole tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 from collections.abc import Sequence
 
 import torch
+
+from .config import RuleConfig
 
 
 @torch.compiler.disable  # a compiler looks through the cache, and would make the tensors anew in each graph
@@ -19,6 +21,44 @@ def _of_tensors(sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Ten
 def tensor_index(coordinates: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
     """Maps (K,) positions in a flat vector of tensors to the number of the tensor that each lies in, (K,) int64."""
     return torch.bucketize(coordinates, _of_tensors(tuple(sizes), coordinates.device)[1], right=True)
+
+
+def network_inputs(
+    config: RuleConfig,
+    seen: list[torch.Tensor],
+    g: torch.Tensor,
+    m_hat: torch.Tensor,
+    of_tensor: torch.Tensor,
+    eps: float,
+    done: torch.Tensor | None,
+) -> torch.Tensor:
+    """Returns what the network sees, `(N, input_size)`; [`RuleConfig.input_size`] counts the columns.
+
+    Args:
+        config ([`RuleConfig`]): Says which columns there are.
+        seen (`list[torch.Tensor]`): m~, g~, and further momenta likewise normalised, each `(N,)`.
+        g, m_hat (`torch.Tensor` of shape `(N,)`): The gradient and the bias-corrected momentum themselves.
+        of_tensor (`torch.Tensor` of shape `(N, 2)` or `(1, 2)`): From [`tensor_inputs`].
+        eps (`float`): Added to the scale of a tensor.
+        done (`torch.Tensor` of shape `()` or `(N,)`, *optional*): The share of the run that is done.
+    """
+    if config.inputs == "normalized":
+        columns = list(seen)
+        if config.tensor_scale:
+            scale = of_tensor[:, 0] + eps  # (N,) or (1,)
+            columns += [m_hat / scale, g / scale]
+        inputs = torch.stack(columns, dim=-1)  # (N, 2 + k), or (N, 4 + k)
+    else:
+        inputs = g.unsqueeze(-1)  # (N, 1)
+    if config.log_sign is not None:
+        inputs = log_and_sign(inputs, config.log_sign)
+    if config.progress:
+        assert done is not None
+        share = done.clamp_max(1.0).unsqueeze(-1).expand(len(inputs), 1)
+        inputs = torch.cat([inputs, 2 * share - 1], dim=-1)
+    if config.agreement:
+        inputs = torch.cat([inputs, of_tensor[:, 1:].expand(len(inputs), 1)], dim=-1)
+    return inputs
 
 
 def log_and_sign(x: torch.Tensor, p: float) -> torch.Tensor:

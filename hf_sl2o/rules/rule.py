@@ -34,7 +34,7 @@ from torch import nn
 from ..foundation.checked import check_float, check_shapes
 from ..foundation.hub import HubFiles, take
 from .config import ADDED_LATER, RuleConfig
-from .inputs import log_and_sign, tensor_index, tensor_inputs
+from .inputs import network_inputs, tensor_index, tensor_inputs
 
 R = TypeVar("R", bound="Rule")
 
@@ -182,31 +182,18 @@ class Rule(nn.Module, HubFiles):
             m = torch.lerp(g, state.exp_avg, beta1)  # (N,)
             inverse = 1 / (v_hat.sqrt() + eps)
             m_hat = m / (1 - beta1**exponent)
-            columns = [m_hat * inverse, g * inverse]
-            recent = torch.maximum(columns[0].abs(), columns[1].abs())  # (N,)
-            if config.inputs == "normalized":
-                if config.momenta:
-                    further = [
-                        torch.lerp(g, old, beta) for old, beta in zip(momenta.unbind(-1), config.momenta, strict=True)
-                    ]
-                    columns += [
-                        new / (1 - beta**exponent) * inverse for new, beta in zip(further, config.momenta, strict=True)
-                    ]
-                    momenta = torch.stack(further, dim=-1)  # (N, k)
-                if config.tensor_scale:
-                    scale = of_tensor[:, 0] + eps  # (N,) or (1,)
-                    columns += [m_hat / scale, g / scale]
-                inputs = torch.stack(columns, dim=-1)  # (N, 2 + k), or (N, 4 + k)
-            else:
-                inputs = g.unsqueeze(-1)  # (N, 1)
-            if config.log_sign is not None:
-                inputs = log_and_sign(inputs, config.log_sign)
-            if config.progress:
-                assert total_steps is not None
-                done = (state.step / total_steps).clamp_max(1.0).unsqueeze(-1).expand(len(inputs), 1)
-                inputs = torch.cat([inputs, 2 * done - 1], dim=-1)
-            if config.agreement:
-                inputs = torch.cat([inputs, of_tensor[:, 1:].expand(len(inputs), 1)], dim=-1)
+            seen = [m_hat * inverse, g * inverse]  # m~ and g~
+            recent = torch.maximum(seen[0].abs(), seen[1].abs())  # (N,)
+            if config.momenta:
+                further = [
+                    torch.lerp(g, old, beta) for old, beta in zip(momenta.unbind(-1), config.momenta, strict=True)
+                ]
+                seen += [
+                    new / (1 - beta**exponent) * inverse for new, beta in zip(further, config.momenta, strict=True)
+                ]
+                momenta = torch.stack(further, dim=-1)  # (N, k)
+            done = state.step / total_steps if config.progress and total_steps else None
+            inputs = network_inputs(config, seen, g, m_hat, of_tensor, eps, done)
             cell = state.cell
             if config.reset_cell_every:
                 kept = (step - 1) % config.reset_cell_every != 0  # () or (N,)

@@ -1,7 +1,7 @@
 """Linear algebra on lists of parameters: which numbers of a model are covered, and directions in them.
 
 - `layout`, `names`: the parameters of a model as one vector of length n
-- `basis`: what every basis does. A gradient is projected, and a step is lifted, in `dense`, `random`, `identity`
+- `basis`: what every basis does: `project` a gradient, `lift` a step;  `dense`, `random`, `identity`: the directions
 - `trajectory`, `fit`: recorded snapshots, and their principal directions
 - `stored`: what a saved basis says of its layout
 
