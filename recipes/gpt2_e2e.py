@@ -105,6 +105,7 @@ class Recipe(Comparison):
     """GPT-2 on E2E."""
 
     name, arms = "e2e", ARMS
+    complete_key = False
 
     def __init__(self, recipe: RecipeArguments, args: SL2OTrainingArguments) -> None:
         rows = {

@@ -81,6 +81,7 @@ class Recipe(Comparison):
     """ImageNet and ViT for the stages."""
 
     name, recorded_arm = "vit", "adamw"
+    complete_key = False
 
     def __init__(self, recipe: RecipeArguments, args: SL2OTrainingArguments) -> None:
         self.size, self.seed = recipe.image_size, args.seed

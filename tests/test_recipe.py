@@ -1,6 +1,7 @@
 """recipes/gpt2_e2e.py at toy size: all stages and arms, kills and restarts, every subspace, bad data."""
 
 import copy
+import hashlib
 import importlib
 import json
 import os
@@ -210,6 +211,23 @@ def test_other_subspaces(subspace, tmp_path):
     assert json.loads((tmp_path / "rule" / "provenance.json").read_text())["environment"]["versions"]
     if subspace != "random":
         assert (tmp_path / "out" / "sl2o" / "checkpoint-6" / "adapter_model.safetensors").is_file()
+
+
+def test_the_key_of_what_is_kept_is_that_of_earlier_commits(tmp_path):
+    flags = gpt2_e2e.RecipeArguments(train_rows=60, eval_rows=20)
+    args = training_arguments(str(tmp_path), max_steps=10, use_cpu=True)
+    made = gpt2_e2e.Recipe(flags, args)
+    names = """per_device_train_batch_size gradient_accumulation_steps max_steps eval_steps logging_steps seed bf16
+        fp16 lr_scheduler_type warmup_steps max_grad_norm adam_beta1 adam_beta2 adam_epsilon weight_decay
+        label_smoothing_factor data_seed lr_scheduler_kwargs""".split()
+    settings = {**{name: getattr(args, name) for name in names}, "processes": 1, "max_steps": None}
+    identity = [["tiny", False, None], [split["fingerprint"] for split in made.data.values()]]
+    parts = [["pca-full", 40, 4, 1200, 60], identity, settings, keys.digest(*made.start.parameters())]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    assert made.key == hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert made.arm_key("adamw", made.arms["adamw"]) == ["adamw"]
+    other = gpt2_e2e.Recipe(flags, training_arguments(str(tmp_path), max_steps=10, use_cpu=True, seed=1))
+    assert made.key != other.key
 
 
 def test_real_architecture_from_its_config(tmp_path):

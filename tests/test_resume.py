@@ -1,4 +1,4 @@
-"""hf_sl2o/resume.py: a checkpoint that was half-written or half-deleted is never taken for a complete one."""
+"""hf_sl2o/training/resume.py: a checkpoint that was half-written or half-deleted is never taken for a complete one."""
 
 import itertools
 import json

@@ -132,15 +132,14 @@ class RecipeFlags(ComparisonArguments):
     demo: bool = field(default=False, metadata={"help": "Everything in a few minutes on two cores."})
 
 
-def training_settings(args: SL2OTrainingArguments) -> dict[str, Any]:
+def training_settings(args: SL2OTrainingArguments, *further: str) -> dict[str, Any]:
     """The flags of the Trainer that change what a run computes and keeps; each process has a batch of its own."""
     names = [
         "per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "eval_steps", "logging_steps",
         "seed", "bf16", "fp16", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "adam_beta1", "adam_beta2",
         "adam_epsilon", "weight_decay", "label_smoothing_factor", "data_seed", "lr_scheduler_kwargs",
-        "dataloader_drop_last", "neftune_noise_alpha", "label_names", "remove_unused_columns",
     ]  # fmt: skip
-    return {**{name: getattr(args, name) for name in names}, "processes": PartialState().num_processes}
+    return {**{name: getattr(args, name) for name in (*names, *further)}, "processes": PartialState().num_processes}
 
 
 def check_together(

@@ -68,7 +68,7 @@ ARMS: dict[str, Arm] = {
 def rule_folder(name: str) -> Path:
     """Where a rule is: a folder, or the name of one that ships; a folder of that name goes first."""
     shipped = SHIPPED_RULES / name
-    return shipped if "/" not in name and shipped.is_dir() and not Path(name).exists() else Path(name)
+    return shipped if "/" not in name and shipped.is_dir() and not Path(name).is_dir() else Path(name)
 
 
 def rule_arms(entries: Sequence[str]) -> dict[str, Path]:

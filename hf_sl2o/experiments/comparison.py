@@ -47,14 +47,15 @@ class Comparison(Subject):
         train_dataset, eval_dataset: Rows that can be counted and indexed. The second one chooses learning rates, the
             recorded run and the rule, so final numbers need a third.
         loss (`Callable`, *optional*): Mean loss of `(model, batch)`, 0-d; by default the model's own, `.loss`.
-        data_collator, processing_class, compute_metrics, callbacks (*optional*): As for a Trainer.
+        data_collator, processing_class, compute_metrics, callbacks (*optional*): As for a Trainer. Callbacks are
+            shared by all runs: one that counts begins anew in `on_train_begin`.
         arms (`Mapping[str, Arm]`, *optional*): By default [`~hf_sl2o.experiments.arms.ARMS`].
         identity (`Sequence`, *optional*): JSON values that tell data and functions from others, for what is kept; by
             default hashes of the first 1,000 rows and their number, and of the source code of loss, collator and
             metrics with what they enclose. What these read from elsewhere is not seen.
 
     Raises:
-        `ValueError`: settings that do not fit each other, the arms or the data; a loss that is no number at the start.
+        `ValueError`: settings that do not fit each other, the arms or the data; a loss of NaN at the start.
 
     Example:
 
@@ -150,7 +151,7 @@ class Comparison(Subject):
         folder = self.folder / name / "runs" / f"{units}-{lr:g}-seed-{seed}"
         if basis is None:  # the full space
             args = self.full_space(name, folder, lr, seed)
-            identity = self.key, training_settings(args), name, arm.key, choice, seed, arm.decay_at
+            identity = self.key, self.settings_key(args), *self.arm_key(name, arm), choice, seed, arm.decay_at
             if name != self.recorded_arm or not self.recipe.subspace.startswith("pca"):
                 return self.train_once(folder, args, stamp(identity), arm)
             recorder = Recorder(folder / "trajectory", every_steps=self.recorded_steps()[1], overwrite=True)
@@ -167,7 +168,7 @@ class Comparison(Subject):
         used = {what: value.fingerprint for what, value in objects.items()}
         if average := self.average_of(own):
             used["average"] = average
-        key = stamp(self.key, training_settings(args), name, arm.key, choice, seed, used, arm.decay_at)
+        key = stamp(self.key, self.settings_key(args), *self.arm_key(name, arm), choice, seed, used, arm.decay_at)
         return self.train_once(folder, args, key, arm, **objects)
 
     def rule_of(self, name: str, arm: Arm, rule: Rule | None) -> Rule | None:

@@ -14,6 +14,19 @@ import torch
 _PACKAGES = ("torch", "transformers", "accelerate", "peft", "datasets", "safetensors", "hf_sl2o")
 
 
+def _package_commit() -> str | None:
+    """Of the checkout that hf_sl2o is imported from; None where it is installed."""
+    package = Path(__file__).resolve().parents[1]
+    command = ["git", "log", "-1", "--format=%H"]
+    try:
+        subprocess.run(
+            ["git", "ls-files", "--error-unmatch", "__init__.py"], cwd=package, capture_output=True, check=True
+        )
+        return subprocess.run(command, cwd=package, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def environment(folder: str | Path | None = None) -> dict[str, Any]:
     """Returns versions, device, threads, and commit (with `dirty`) of a checkout: JSON values.
 
@@ -45,6 +58,7 @@ def environment(folder: str | Path | None = None) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "commit": git("rev-parse", "HEAD"),
+        "package_commit": _package_commit(),
         "dirty": None if status is None else bool(status),
     }
 

@@ -69,6 +69,7 @@ def accuracy(prediction: Any) -> dict[str, float]:
 class CifarComparison(Comparison):
     """CIFAR for the stages; a recipe adds the model and the arms."""
 
+    complete_key = False
     peak_of: str  # the full-space arm whose best accuracy is the target
     prepare: Callable[[torch.Tensor], torch.Tensor]  # uint8 images to the model's input
 
@@ -111,7 +112,7 @@ class CifarComparison(Comparison):
 
     def full_space(self, name: str, folder: Path, lr: float, seed: int) -> SL2OTrainingArguments:
         steps = self.recipe.trajectory_steps
-        every = max(int(self.args.eval_steps or 1), steps // 30)
+        every: Any = max(self.args.eval_steps, steps // 30)  # type: ignore[type-var]
         return self.arguments(
             folder, self.arms[name].optim, learning_rate=lr, max_steps=steps, eval_steps=every,
             logging_steps=every, seed=self.args.seed + seed,

@@ -15,7 +15,7 @@ from ..foundation.files import load_json, save_json
 from ..meta import Task, train_on
 from ..subspace import Basis
 from .curves import mean_curve
-from .tuning import over_seeds, search
+from .tuning import final_loss, over_seeds, search
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,10 @@ def compare_on(
                 [lr, [[p[0], p[1] if isfinite(p[1]) else None] for p in result["eval"]]]
                 for (_, lr), result in sorted(tuned.items(), key=lambda entry: entry[0][1])
             ],
-            "finalists": [[lr, mean if mean < float("inf") else None] for (_, lr), mean in means.items()],
+            "finalists": [
+                [choice[1], means[choice] if means[choice] < float("inf") else None]
+                for choice in sorted(means, key=lambda choice: final_loss(tuned[choice]))  # noqa: B023
+            ],
             "eval_per_seed": curves,
             "eval": mean_curve([[point[:2] for point in curve] for curve in curves]),
             "final_eval_loss": means[best],

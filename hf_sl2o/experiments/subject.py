@@ -17,6 +17,7 @@ from torch import nn
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, default_data_collator
 from transformers.training_args import OptimizerNames
 
+from ..foundation.ranks import check_same_on_all_ranks
 from ..meta import Task
 from ..rules import Rule, RuleConfig
 from ..subspace import Basis, Layout
@@ -25,7 +26,7 @@ from .arguments import ComparisonArguments, check_together, training_settings
 from .arms import ARMS, Arm
 from .command_line.flags import check_directions
 from .kept.files import sweep
-from .kept.keys import fingerprint_of, model_key, source_of, stamp
+from .kept.keys import digest, fingerprint_of, model_key, source_of, stamp
 from .kept.run import kept_run
 
 Loss = Callable[[nn.Module, Any], torch.Tensor]
@@ -50,6 +51,7 @@ class Subject:
     rule_folders: Mapping[str, Path] = {}  # of arms that use a rule as it is instead of the meta stage's
     recorded_share = 1.0  # of that run: snapshots are taken in it
     own_loss: Loss | None = None  # instead of the model's
+    complete_key = True  # False: model, arms and the Trainer's other flags follow from `identity`, as in a recipe
 
     def __init__(
         self,
@@ -70,6 +72,9 @@ class Subject:
         if loss is not None and compute_metrics is not None:
             raise ValueError("compute_metrics needs the model's outputs, of which a loss of your own tells nothing; "
                              "leave one of them out")  # fmt: skip
+        if loss is not None and args.label_smoothing_factor:
+            raise ValueError(f"label_smoothing_factor is {args.label_smoothing_factor}, which a loss of your own does "
+                             "not know; leave one of them out")  # fmt: skip
         self.start, self.own_loss = model, loss
         self.arms = self.arms if arms is None else arms
         sets = {"train": train_dataset, "validation": eval_dataset}
@@ -92,9 +97,11 @@ class Subject:
             "compute_metrics": compute_metrics,
             "callbacks": list(callbacks or ()),
         }
-        self.data = {name: {"rows": len(rows), "fingerprint": fingerprint_of(rows)} for name, rows in sets.items()}
+        self.data = {name: {"rows": len(rows)} for name, rows in sets.items()}
         if identity is None:
-            functions = (loss, data_collator, compute_metrics)
+            for name, rows in sets.items():
+                self.data[name]["fingerprint"] = fingerprint_of(rows)
+            functions = (loss, data_collator, compute_metrics, *self.objects["callbacks"])
             identity = (self.data, [None if function is None else source_of(function) for function in functions])
         self.begin(settings or ComparisonArguments(), args, *identity)
 
@@ -119,9 +126,19 @@ class Subject:
         self.key = stamp(
             [getattr(recipe, name, None) for name in names],
             identity,
-            {**training_settings(args), "max_steps": None},
-            model_key(self.start),
+            {**self.settings_key(args), "max_steps": None},
+            model_key(self.start) if self.complete_key else digest(*self.start.parameters()),
         )
+        check_same_on_all_ranks({"key": self.key}, "comparison")
+
+    def settings_key(self, args: SL2OTrainingArguments) -> dict[str, Any]:
+        """What of the Trainer's arguments a run depends on."""
+        further = ("dataloader_drop_last", "neftune_noise_alpha", "label_names", "remove_unused_columns")
+        return training_settings(args, *(further if self.complete_key else ()))
+
+    def arm_key(self, name: str, arm: Arm) -> list[Any]:
+        """What of an arm a run depends on, beside units, rate and schedule."""
+        return [name, *(arm.key if self.complete_key else ())]
 
     # What the stages ask for
 
@@ -131,10 +148,11 @@ class Subject:
 
     def full_space(self, name: str, folder: Path, lr: float, seed: int) -> SL2OTrainingArguments:
         """Arguments of a run of a full-space arm."""
-        every = max(int(self.args.eval_steps or 1), self.recipe.trajectory_steps // 60)
+        every: Any = max(self.args.eval_steps, self.recipe.trajectory_steps // 60)  # type: ignore[type-var]
+        arm = self.arms[name]
         return self.arguments(
             folder,
-            self.arms[name].optim,
+            arm.optim if arm.make is None else "adamw_torch",  # the arm makes its own
             learning_rate=lr,
             max_steps=self.recipe.trajectory_steps,
             max_grad_norm=1.0,
@@ -206,7 +224,8 @@ class Subject:
             setattr(args, name, value)
         if self.own_loss is not None:
             args.remove_unused_columns = False
-        args.logging_nan_inf_filter = False  # a run that diverged is not shown with a loss of 0
+        if self.complete_key:
+            args.logging_nan_inf_filter = False  # a run that diverged is not shown with a loss of 0
         return args
 
     def train_once(

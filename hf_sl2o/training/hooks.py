@@ -1,8 +1,8 @@
 """What is changed in transformers: the one place, each with its reason and what happens without it.
 
 `OptimizerNames`, `_OPTIMIZER_HANDLERS` (registration.py)
-    Three more names, and what makes their optimizers. Without: `optim="sl2o"` is refused; a Trainer still takes
-    `optimizer_cls_and_kwargs=(SubspaceOptimizerFactory, {...})`.
+    Three more names, which pickle by the name of a function here, and what makes their optimizers. Without:
+    `optim="sl2o"` is refused; a Trainer still takes `optimizer_cls_and_kwargs=(SubspaceOptimizerFactory, {...})`.
 `Trainer._prepare_for_training`
     Before the optimizer is made: reads `optim_args` in words that help, and compares the arguments of the processes.
     After it is made and resumed: tells it the length of the run and the model, begins anew where a Trainer trains
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 def _prepare_for_training(self: trainer.Trainer, max_steps: int, *args: Any, **kwargs: Any) -> Any:
     if self.args.optim in OPTIMIZERS:
-        if self.optimizer is None:
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
             check_optim_args(self.args.optim_args)
         check_same_on_all_ranks(training_facts(self.args), "training", patience(self.args))
     known = unwrap_optimizer(self.optimizer)

@@ -31,7 +31,9 @@ def is_ours(error: BaseException) -> bool:
     """Whether an error was raised in this repository, on purpose, and not in a library or by the interpreter."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     path = Path(frame.filename).resolve()
-    ours = any(folder in path.parents for folder in OURS)
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or ".").resolve()
+    own = [folder for folder in script.parents if folder.name in ("recipes", "benchmarks")]  # beside another package
+    ours = any(folder in path.parents for folder in (*OURS, *own))
     return ours and (frame.line or "").lstrip().startswith("raise")
 
 
