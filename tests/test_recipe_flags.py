@@ -166,7 +166,7 @@ def test_what_a_recipe_loads(name, words, message):
         (
             "evaluate_rules",
             ["--rule", "nowhere"],
-            "--rule is 'nowhere', which is no folder here and no rule that ships: default",
+            "--rule is 'nowhere', which could not be loaded",
         ),
         ("evaluate_rules", ["--tasks", "digits-mlp-lora4"], "--tasks: there is no task 'digits-mlp-lora4'"),
         ("evaluate_rules", ["--what", "default-lora", "--tasks", "quadratic"], "'quadratic' cannot be adapted"),
