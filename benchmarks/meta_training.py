@@ -291,7 +291,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     for network in options.network or (["resnet8"] if options.quick else list(NETWORKS)):
         batch = NETWORKS[network][1]
         if options.quick:
-            rows += benchmark(network, 16, steps=5, rounds=5, repeats=1)
+            rows += benchmark(network, 16, steps=3, rounds=3, repeats=1)
         elif network == "resnet8":
             rows += benchmark(network, batch, steps=10, rounds=15, repeats=4)
         else:

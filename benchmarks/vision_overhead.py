@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     options = parse_options(parser, argv)
     names = ["resnet8"] if options.quick else options.networks
-    steps, rounds = (10, 3) if options.quick else (100, 7)
+    steps, rounds = (4, 3) if options.quick else (100, 7)
     rows = []
     for name in names:
         times = measure(NETWORKS[name], steps, rounds)
