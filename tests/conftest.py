@@ -1,5 +1,6 @@
 """Small models and bases that many tests share."""
 
+import gc
 import os
 
 import pytest
@@ -24,6 +25,11 @@ LONGEST = (
 def pytest_collection_modifyitems(items):
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))  # the order within a file stays
+
+
+def pytest_collection_finish(session):
+    gc.collect()
+    gc.freeze()  # each Trainer.train() collects garbage, and would look through all that is imported
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,9 @@ from hf_sl2o.experiments.table import table
 from hf_sl2o.experiments.tasks.networks import Classifier, resnet8
 from recipes import resnet_cifar
 
-SMALL = """--train_rows 256 --validation_rows 64 --eval_rows 64 --trajectory_steps 20 --snapshots 12 --dim 4
+SMALL = """--train_rows 128 --validation_rows 32 --eval_rows 32 --trajectory_steps 20 --snapshots 12 --dim 4
 --meta_epochs 1 --inner_steps 10 --max_steps 4 --eval_steps 2 --logging_steps 2 --save_steps 2 --quick_grid
---per_device_train_batch_size 32 --use_cpu --seeds 2""".split()
+--per_device_train_batch_size 16 --use_cpu --seeds 2""".split()
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def test_p_bfgs_minimises_a_quadratic_as_scipy_does():
         (["--model", "resnet9"], "--model is 'resnet9', expected one of resnet8"),
         (["--baselines", "best"], "--baselines is 'best', expected paper or tuned"),
         (["--subspace", "lora"], "LoRA has no convolutions"),
-        (["--train_rows", "10"], "10 are left, fewer than a batch of 32"),
+        (["--train_rows", "10"], "10 are left, fewer than a batch of 16"),
         (["--num_classes", "100"], "the embedded images have 10 classes"),
         (["--rules", "nothing-there"], "nothing-there"),
         (["--rules", "default", "default=elsewhere"], "two rules the arm 'sl2o_default'"),

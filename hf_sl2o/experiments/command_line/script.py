@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 import traceback
@@ -18,6 +19,7 @@ OURS = (PACKAGE, PACKAGE.parent / "recipes", PACKAGE.parent / "benchmarks")
 
 def run_script(main: Callable[[], Any]) -> None:
     """Runs a script: what its user can mend is one line on stderr and exit code 2, all else has its traceback."""
+    gc.freeze()  # each run of a Trainer collects garbage, and would look through all that is imported
     try:
         main()
     except (ValueError, OSError, RuntimeError, NotImplementedError, TypeError) as error:
