@@ -73,6 +73,26 @@ def test_what_the_readme_says_of_adamw(tmp_path, capsys, monkeypatch):
     assert list(found.values()) == pytest.approx([float(said[1]), float(said[2])], abs=0.05)
 
 
+def test_the_rates_that_the_readme_calls_best_are():
+    made = load_json(ROOT / "benchmarks" / "results" / "readme_example.json")["validation_loss"]
+    lora, subspace = made["lora"], made["subspace, 50 steps"]
+    adamw = {name: loss for name, loss in lora.items() if "adamw" in name}
+    assert len(adamw) == 6 and min(adamw, key=adamw.get) == "adamw_torch 0.01"
+    text = f"ends at {adamw['adamw_torch default']:.2f}, and at {adamw['adamw_torch 0.01']:.2f} with the best of six"
+    assert text in README and f"loss {lora['sl2o']:.2f}\n" in README
+
+    def best(of):
+        return min((loss, name) for name, loss in subspace.items() if of(name))
+
+    full, same = (best(lambda name, steps=steps: f"{steps} steps" in name) for steps in (600, 50))
+    tuned = best(lambda name: name.startswith("subspace"))
+    assert (full[1], same[1], tuned[1]) == (
+        "adamw_torch 0.003, 600 steps", "adamw_torch 0.01, 50 steps", "subspace_adamw 1.0",
+    )  # fmt: skip
+    assert f"600 steps of AdamW {full[0]:.2f}, after 50 {same[0]:.2f}" in README
+    assert f"sl2o {subspace['sl2o']:.2f}, tuned AdamW {tuned[0]:.2f}" in README
+
+
 @pytest.mark.slow
 def test_the_guide_runs(tmp_path):
     assert blocks("docs/guide.md", "text")[0].strip() in printed_by("docs/guide.md", tmp_path)

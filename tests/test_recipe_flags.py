@@ -25,7 +25,8 @@ ROOT = Path(__file__).parent.parent
 RECIPES = ("gpt2_e2e", "resnet_cifar", "vit_cifar", "vit_imagenet")
 STUDIES = ("average", "estimators", "inputs", "transfer", "unroll", "width")
 SCRIPTS = ("evaluate_rules", "pretrain_base", "figures", *(f"studies.{name}" for name in STUDIES))
-TIMERS = ("gpu", "gpu_vision", "import_time", "meta_processes", "meta_training", "step_cost", "vision_overhead")
+TIMERS = ("gpu", "gpu_vision", "import_time", "meta_processes", "meta_training", "readme_example", "step_cost",
+          "vision_overhead")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
