@@ -86,7 +86,7 @@ def test_the_jobs_of_a_gpu_are_command_lines_of_the_recipes(job):
     options = ["--data", "x", "--use_cpu", "--set", job, "max_steps=7", f"rules={shipped} gpt2=rules/one"]
     parsed, arms, args = gpu_vision.parse(job, gpu_vision.options_of(options))
     assert args.max_steps == 7 and parsed.rules == [shipped, "gpt2=rules/one"] and parsed.model == job
-    assert arms[-1] == "sl2o_gpt2" and set(arms) <= parsed.arm_names()
+    assert arms[-1] == "sl2o_gpt2" and set(arms) <= {*parsed.known_arms, *parsed.given_rules()}
     known = resnet_cifar.TUNED if getattr(parsed, "baselines", "") == "tuned" else parsed.known_arms
     for arm, rate, seed in gpu_vision.JOBS[job].full:
         rates = parsed.trajectory_learning_rates or [lr for _, lr in known[arm].grid]

@@ -118,9 +118,6 @@ class ComparisonArguments:
         """Folders of rules that are used unchanged, by arm."""
         return {}
 
-    def arm_names(self) -> set[str]:
-        return {*self.known_arms, *self.given_rules()}
-
 
 @dataclass
 class RecipeFlags(ComparisonArguments):
