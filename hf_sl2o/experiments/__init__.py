@@ -12,6 +12,7 @@ Through a Trainer, from an ordinary run to the table (`Comparison`):
 In a plain loop, on small tasks (`compare_on`):
 
 - `on_task`: the same on a `Task`;  `tasks/`: problems, networks, and tasks by name
+- `rivals`: optimizers that promise to need no tuning, as arms
 - `plans`: how the rules that ship were meta-trained
 
 It may import everything below it; nothing imports it but recipes, benchmarks and users.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -61,6 +63,16 @@ def environment(folder: str | Path | None = None) -> dict[str, Any]:
         "package_commit": _package_commit(),
         "dirty": None if status is None else bool(status),
     }
+
+
+def import_package(module: str, package: str, what: str) -> ModuleType:
+    """Returns a module of an optional package; raises `ImportError` that says what to install for `what`."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f'{what}: there is no package {package}; pip install {package}, or pip install "hf-sl2o[judge]" for all'
+        ) from error
 
 
 def reset_peak() -> None:

@@ -110,6 +110,39 @@ def plot_tasks(results: Mapping[str, Mapping[str, Any]], path: str | Path) -> No
             axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
 
 
+def plot_cells(cells: Mapping[str, Mapping[str, Any]], columns: int, path: str | Path) -> None:
+    """Draws small panels: mean held-out loss of every arm over its steps, the rule's thicker, one legend for all.
+
+    Args:
+        cells (`Mapping`): Per panel its title and what [`compare_on`] returned.
+        columns (`int`): Panels beside each other.
+        path (`str` or `Path`): The image.
+    """
+    rows = -(-len(cells) // columns)
+    with canvas(path, rows, columns, figsize=(4.6 * columns, 3.1 * rows + 0.8)) as (figure, axes):
+        from matplotlib import colormaps
+
+        arms = list(dict.fromkeys(arm for runs in cells.values() for arm in runs))
+        colours = {arm: colormaps["tab20"](index % 10 * 2 + index // 10) for index, arm in enumerate(arms)}
+        for axis in axes.flat[len(cells) :]:
+            axis.set_axis_off()
+        for axis, (title, runs) in zip(axes.flat, cells.items(), strict=False):
+            losses = [loss for run in runs.values() for _, loss in run["eval"] if math.isfinite(loss)]
+            start = next(iter(runs.values()))["eval"][0][1]
+            for arm, run in runs.items():
+                ours, further = arm.startswith("sl2o"), arm.startswith("sl2o_")
+                look = {"linewidth": 2.6 if ours else 1.3, "linestyle": "--" if further else "-", "zorder": 3 + ours}
+                axis.plot(*zip(*run["eval"], strict=True), color=colours[arm], label=arm, **look)
+            axis.set(title=title, xlabel="step", ylabel="held-out loss", yscale="log")
+            axis.set_ylim(0.97 * min(losses), 1.15 * start)
+            axis.yaxis.set_major_formatter("{x:.2g}")
+            axis.yaxis.set_minor_formatter("{x:.2g}")
+            axis.tick_params(which="both", labelsize=7)
+            axis.grid(alpha=0.3, which="both")
+        lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), 6), fontsize=8)
+
+
 def draw(axis: Any, curves: Sequence[Sequence[Sequence[float]]], label: str, colour: str, ours: bool) -> None:
     mean = mean_curve(curves)
     steps, values = [point[0] for point in mean], [point[1] for point in mean]

@@ -31,6 +31,7 @@ class TaskArm:
             rule's fingerprint.
         average (`float`, *optional*, defaults to 0.0): eta of the running average of the coefficients at which it is
             evaluated; 0: none.
+        schedule (`str`, *optional*): Of its rate; by default that of the comparison.
     """
 
     make: Callable[[float], Callable[[list[torch.Tensor]], torch.optim.Optimizer]]
@@ -39,6 +40,7 @@ class TaskArm:
     key: str = ""
     basis: Basis | None = None
     average: float = 0.0
+    schedule: str = ""
 
 
 def compare_on(
@@ -63,7 +65,7 @@ def compare_on(
         arms (`Mapping[str, TaskArm]`): The optimizers.
         steps (`int`): Of each run.
         seeds (`int`, *optional*, defaults to 3): Runs of each arm; they differ in batches and dropout.
-        schedule (`str`, *optional*, defaults to `"linear"`): Of every arm's learning rate.
+        schedule (`str`, *optional*, defaults to `"linear"`): Of the learning rate of each arm without its own.
         eval_every (`int`, *optional*, defaults to 10): Steps between held-out losses.
         cache (`Path`): A folder.
         finalists (`int`, *optional*, defaults to 2): Rates that are run with all seeds.
@@ -76,8 +78,9 @@ def compare_on(
     results = {}
     for name, arm in arms.items():
         points = {*range(0, steps + 1, eval_every), steps}
-        given = {"schedule": schedule, "evaluate_at": points, "average": arm.average, **options}
-        run = _kept_runs(task, arm, arm.key or name, steps, [steps, schedule, eval_every], cache, given)
+        of_rate = arm.schedule or schedule
+        given = {"schedule": of_rate, "evaluate_at": points, "average": arm.average, **options}
+        run = _kept_runs(task, arm, arm.key or name, steps, [steps, of_rate, eval_every], cache, given)
         tuned = search(run, [(arm.units, lr) for lr in arm.learning_rates], grow=True)
         means, runs = over_seeds(run, tuned, seeds, finalists)
         best = next(iter(means))

@@ -14,8 +14,8 @@ import torch
 from transformers import HfArgumentParser
 
 from ..foundation.files import save_json
-from ..meta import FirstOrder, MetaTrainer, MetaTrainingArguments
-from ..rules import LSTMRule, RuleConfig
+from ..meta import PES, Estimator, FirstOrder, MetaTrainer, MetaTrainingArguments
+from ..rules import Rule, RuleConfig
 from .command_line.flags import check_flags, check_places
 from .environment import environment, portable
 from .tasks.named import check_tasks, named_task
@@ -27,6 +27,8 @@ class Stage:
 
     tasks: tuple[str, ...]  # see named_task
     settings: dict[str, Any]
+    estimator: Estimator = FirstOrder()
+    still: tuple[str, ...] = ()  # parts of the rule that do not learn in it
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,6 @@ class Plan:
 
     config: RuleConfig
     stages: tuple[Stage, ...]
-    coordinates: int | None = None
 
 
 PAPER: dict[str, Any] = {
@@ -55,6 +56,27 @@ OURS: dict[str, Any] = {
     "meta_lr_scheduler_type": "cosine",
     "max_grad_norm": 1.0,
 }
+# Small and quick ones, of many widths, ranks, alphas and batch sizes, with and without a new head.
+SCALE_FREE = (
+    "digits-mlp-lora4",
+    "digits-mlp-lora16x0.5@16",
+    "digits-mlp-of-384-lora8@16",
+    "digits-mlp-of-96-lora4x4@8",
+    "digits-mlp-full@32",
+    "docs-gpt2-of-32-lora8@4",
+    "docs-gpt2-of-32-lora16x1@2",
+    "figures-vit-lora8@8",
+)
+EVOLVED: dict[str, Any] = {
+    "inner_steps": 200,
+    "unroll_length": 100,
+    "curriculum": [100, 200, 400, 200] * 5,
+    "eval_every": 5,
+    "lr_scheduler_type": "linear",
+    "meta_lr_scheduler_type": "cosine",
+    "meta_loss": "log",
+    "random_scaling": 1.0,  # of each tensor, and of where the rule begins to look
+}
 PLANS = {
     "default": Plan(
         RuleConfig(tensor_scale=True, progress=True, average=4.0),  # recipes/studies/average.py
@@ -72,31 +94,18 @@ PLANS = {
         ),
     ),
     "default-lora": Plan(
-        RuleConfig(log_sign=10.0, output_scale=0.01, tensor_scale=True, average=9.0, base_width=64),
+        RuleConfig(per_tensor=8, momenta=(0.99,), tensor_scale=True, average=9.0),
+        # What the rule sees follows from what it did. A gradient that leaves this out is false here.
         (
-            # Many short windows make a rule that descends, but favour what pays within 20 steps; then whole runs.
-            # Two of the tasks are noisy: without them a rule takes steps that are too long where gradients are noise.
-            Stage(("digits-mlp-lora4", "docs-gpt2-lora4"), {**OURS, "meta_epochs": 8}),
-            Stage(
-                (
-                    "digits-mlp-lora4",
-                    "digits-mlp-lora16",
-                    "docs-gpt2-lora4",
-                    "docs-gpt2-lora16",
-                    "docs-gpt2-lora16@2",
-                    "figures-vit-lora8",
-                ),
-                {**OURS, "unroll_length": 200, "meta_epochs": 24, "eval_every": 3, "meta_loss": "log"},
-            ),
+            Stage(SCALE_FREE, {**EVOLVED, "meta_epochs": 60, "meta_learning_rate": 0.01}, PES(sigma=0.05), ("lstm",)),
+            Stage(SCALE_FREE, {**EVOLVED, "meta_epochs": 30, "meta_learning_rate": 0.003}, PES(sigma=0.03)),
         ),
-        coordinates=2000,
     ),
     # The published constants, T, N and schedule, on a network of two cores' size.
     "paper-cnn": Plan(RuleConfig.preset("paper-cnn"), (Stage(("digits-mlp",), PAPER),)),
     "paper-transformer": Plan(
         RuleConfig.preset("paper-transformer"),
-        (Stage(("docs-gpt2-lora4",), {**PAPER, "inner_steps": 200}),),
-        coordinates=2000,
+        (Stage(("docs-gpt2-lora4",), {**PAPER, "inner_steps": 200}, FirstOrder(coordinates=2000)),),
     ),
 }
 
@@ -118,10 +127,11 @@ class MetaTrainArguments:
     random_scaling: float | None = field(default=None, metadata={"help": "Instead of the plan's."})
     lr_scheduler_type: str | None = field(default=None, metadata={"help": "Instead of the plan's: linear, constant."})
     output_scale: float | None = field(default=None, metadata={"help": "Instead of the plan's."})
-    momenta: list[float] = field(default_factory=list, metadata={"help": "Further momenta the rule sees."})
+    momenta: list[float] | None = field(default=None, metadata={"help": "Instead of the plan's: further momenta."})
     progress: bool | None = field(default=None, metadata={"help": "Instead of the plan's: it sees what is done."})
     tensor_scale: bool | None = field(default=None, metadata={"help": "Instead of the plan's: it sees g / s too."})
     agreement: bool | None = field(default=None, metadata={"help": "Instead of the plan's: do gradients agree?"})
+    distance: bool | None = field(default=None, metadata={"help": "Instead of the plan's: how far from the start?"})
     meta_loss: str | None = field(default=None, metadata={"help": "Instead of the plan's: sum, log."})
     seed: int = field(default=0, metadata={"help": "Of the fresh rule, batches and dropout."})
     max_seconds: float | None = field(default=None, metadata={"help": "Stop after so long; a new start goes on."})
@@ -160,10 +170,8 @@ def parse(argv: list[str] | None) -> MetaTrainArguments:
 
 def config_of(plan: Plan, options: MetaTrainArguments) -> RuleConfig:
     """The plan's rule with what the command line changes."""
-    changes: dict[str, Any] = {"momenta": tuple(options.momenta)}
-    for name in ("output_scale", "tensor_scale", "progress", "agreement"):
-        if getattr(options, name) is not None:
-            changes[name] = getattr(options, name)
+    names = ("output_scale", "momenta", "tensor_scale", "progress", "agreement", "distance")
+    changes = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return dataclasses.replace(plan.config, **changes)
 
 
@@ -177,21 +185,26 @@ def make_rule(argv: list[str] | None = None) -> dict[str, Any]:
     plan, folder = PLANS[options.rule], Path(options.output_dir)
     start, environment_ = time.perf_counter(), environment()
     torch.manual_seed(options.seed)
-    rule = LSTMRule(config_of(plan, options))
+    rule = Rule.from_config(config_of(plan, options))
     last = folder / (options.name or options.rule)
     stages: list[dict[str, Any]] = []
     for number, stage in enumerate(plan.stages, 1):
         where = last if number == len(plan.stages) else last / f"stage-{number}"
+        for name, part in rule.named_children():
+            part.requires_grad_(name not in stage.still)
         trainer = MetaTrainer(
             rule,
             arguments(stage, where, options, start),
             [named_task(name, options.data, folder / "tasks") for name in options.tasks or stage.tasks],
-            estimator=FirstOrder(coordinates=plan.coordinates),
+            estimator=stage.estimator,
         )
         trainer.train()
+        rule.requires_grad_(True)
         stages.append(
             {
                 "tasks": [task.name for task in trainer.tasks],
+                "estimator": repr(trainer.estimator),
+                "still": list(stage.still),
                 "settings": {**dataclasses.asdict(trainer.args), "output_dir": None},
                 "finished": trainer.epoch == trainer.args.meta_epochs,
                 "best_score": trainer.best,
@@ -203,7 +216,6 @@ def make_rule(argv: list[str] | None = None) -> dict[str, Any]:
     result = {
         "command": " ".join(["python", "recipes/meta_train.py", *portable(sys.argv[1:] if argv is None else argv)]),
         "tasks": list(dict.fromkeys(name for stage in stages for name in stage["tasks"])),
-        "estimator": repr(trainer.estimator),
         "rule": dataclasses.asdict(rule.config),
         "finished": len(stages) == len(plan.stages) and stages[-1]["finished"],
         "seconds": time.perf_counter() - start,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from ..foundation.checked import check_flag, check_integer, shown
 from ..foundation.files import load_metadata, load_tensors, parse_json
 from ..rules.rule import Rule
+from ..subspace import IdentityBasis
 from .arguments import MetaTrainingArguments
 from .checkpoints import REMEDY, check_like, under
 from .estimators import Carry, Estimator
@@ -33,7 +35,8 @@ class Episode:
         estimator ([`~hf_sl2o.meta.estimators.Estimator`]): Of the meta-gradient.
         seed (`int`): See above.
         steps (`int`): N.
-        random_scaling (`float`): s: coefficient i is scaled by exp(U(-s, s)); 0: not.
+        random_scaling (`float`): s: coefficient i (with an identity: tensor i), and where the rule begins to look for
+            its scale, are scaled by exp(U(-s, s)); 0: not.
         device (`torch.device`): Where the model goes.
         autocast (`torch.dtype`, *optional*): Precision of the network's forward pass.
     """
@@ -51,13 +54,17 @@ class Episode:
         autocast: torch.dtype | None,
     ) -> None:
         self.index, self.task, self.estimator, self.seed, self.steps = index, task, estimator, seed, steps
-        scales = None
+        scales, gain = None, 1.0
         if random_scaling:
-            uniform = torch.rand(task.basis.dim, generator=torch.Generator().manual_seed(seed & 0x7FFF_FFFF))
-            scales = torch.exp(random_scaling * (2 * uniform - 1))  # (d,)
-        self.runs = [
-            InnerRun(task, seed, device=device, autocast=autocast, scales=scales) for _ in range(estimator.runs)
-        ]
+            generator = torch.Generator().manual_seed(seed & 0x7FFF_FFFF)
+            of_tensors = isinstance(task.basis, IdentityBasis)  # else each coefficient has its own
+            uniform = torch.rand(len(task.basis.tensor_sizes) if of_tensors else task.basis.dim, generator=generator)
+            scales = torch.exp(random_scaling * (2 * uniform - 1))  # (k,) or (d,)
+            if of_tensors:
+                scales = scales.repeat_interleave(torch.tensor(task.basis.tensor_sizes))  # (d,)
+            gain = math.exp(random_scaling * (2 * float(torch.rand((), generator=generator)) - 1))
+        options: dict[str, Any] = {"device": device, "autocast": autocast, "scales": scales, "gain": gain}
+        self.runs = [InnerRun(task, seed, **options) for _ in range(estimator.runs)]
         self.carry: Carry = {}
         self.done, self.diverged = 0, False
         self.first = self.mean = float("nan")
@@ -69,25 +76,27 @@ class Episode:
     def advance(self, rule: Rule, args: MetaTrainingArguments) -> torch.Tensor | None:
         """Runs the next window; returns its meta-gradient, flat, divided by the episode's first loss.
 
-        With `meta_loss="log"` divided by the window's mean loss instead: late windows, where losses are small, then
-        count as much as early ones. None if the episode has ended, or diverges in this window.
+        With `meta_loss="log"` each step's part is divided by the level of the losses there instead: late steps, where
+        losses are small, then count as much as early ones. None if the episode has ended, or diverges in this window.
         """
         length = min(args.unroll_length, self.steps - self.done)
         if self.diverged or length < 2:
             return None
         start = time.perf_counter()
         steps = range(self.done, self.done + length)
-        lr = args.learning_rate * rule.config.step_factor(self.task.basis.tensor_shapes)
+        lr = self.runs[0].gain if rule.own_scale else args.learning_rate
         lrs = [lr * schedule_factor(args.lr_scheduler_type, step, self.steps) for step in steps]
         generator = torch.Generator().manual_seed((self.seed * 7919 + self.done + 1) & 0x7FFF_FFFF_FFFF)
-        window = self.estimator.window(rule, self.runs, self.carry, lrs, total_steps=self.steps, generator=generator)
+        window = self.estimator.window(
+            rule, self.runs, self.carry, lrs, total_steps=self.steps, generator=generator, log=args.meta_loss == "log"
+        )
         self.carry = window.carry
         if self.done == 0:
             self.first = float(window.losses[0])
         self.done += length
         self.mean = float(window.losses.mean())
-        unit = self.mean if args.meta_loss == "log" else self.first
-        gradient = torch.cat([g.reshape(-1) for g in window.gradients]) / max(abs(unit), 1e-12)
+        unit = 1.0 if args.meta_loss == "log" else max(abs(self.first), 1e-12)
+        gradient = torch.cat([g.reshape(-1) for g in window.gradients]) / unit
         self.seconds += time.perf_counter() - start
         # The comparison is also false of NaN.
         if self.mean <= args.divergence_factor * abs(self.first) and bool(torch.isfinite(gradient).all()):
@@ -96,7 +105,8 @@ class Episode:
         logger.warning(
             "task %r diverged after %d steps (loss %g): its episode ends", self.task.name, self.done, self.mean
         )
-        return None
+        of_use = self.estimator.bounded and args.meta_loss == "log" and bool(torch.isfinite(gradient).all())
+        return gradient if of_use else None
 
     def summary(self) -> dict[str, Any]:
         """What the log holds of it."""

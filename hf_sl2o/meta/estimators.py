@@ -37,6 +37,8 @@ class Estimator(ABC):
 
     #: How many copies of the model one episode needs.
     runs: int = 1
+    #: Whether the estimate of a window in which a run diverges is of use: it is bounded, with logarithms.
+    bounded: bool = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
@@ -55,6 +57,7 @@ class Estimator(ABC):
         *,
         total_steps: int,
         generator: torch.Generator,
+        log: bool = False,
     ) -> Window:
         """Runs `len(lrs)` inner steps, one a learning rate, and returns their meta-gradient.
 
@@ -65,21 +68,27 @@ class Estimator(ABC):
             lrs (`Sequence[float]`): Learning rate of each step, at least two.
             total_steps (`int`): Steps of the episode, for a rule that sees its progress.
             generator (`torch.Generator`): Of what is drawn for this window, on the CPU.
+            log (`bool`, *optional*, defaults to `False`): Of the sum of the losses' logarithms.
         """
 
 
 def _fresh(rule: Rule, run: InnerRun) -> tuple[torch.Tensor, RuleState]:
     dtype = run.basis.compute_dtype
     c = torch.zeros(run.basis.dim, device=run.device, dtype=dtype)
-    return c, rule.init_state(run.basis.dim, device=run.device, dtype=dtype)
+    return c, rule.init_state(run.basis.dim, device=run.device, dtype=dtype, weights=run.weights(), rate=run.gain)
 
 
 def _pack(c: torch.Tensor, state: RuleState, head: str = "") -> Carry:
-    return {f"{head}c": c.detach(), **{f"{head}{name}": value.detach() for name, value in state._asdict().items()}}
+    kept = {name: value.detach() for name, value in state._asdict().items()}
+    if not kept["tensors"].shape[1]:  # the rule keeps nothing of whole tensors
+        del kept["tensors"]
+    return {f"{head}c": c.detach(), **{f"{head}{name}": value for name, value in kept.items()}}
 
 
 def _unpack(carry: Carry, head: str = "") -> tuple[torch.Tensor, RuleState]:
-    return carry[f"{head}c"], RuleState(*(carry[f"{head}{name}"] for name in RuleState._fields))
+    c = carry[f"{head}c"]
+    kept = {name: carry[f"{head}{name}"] for name in RuleState._fields if f"{head}{name}" in carry}
+    return c, RuleState(**{"tensors": c.new_zeros(1, 0), **kept})
 
 
 def unroll(
@@ -94,6 +103,7 @@ def unroll(
     imitation: float = 0.0,
     imitation_lr: float = 0.1,
     total_steps: int | None = None,
+    log: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, RuleState, torch.Tensor]:
     """Runs `steps` inner steps with `rule`, moving the weights of `run`; the graph holds coefficients only.
 
@@ -113,6 +123,8 @@ def unroll(
             (lr delta - imitation_lr m~)^2 / 2, the distance to Adam's step (official code, `--il`, 1e-3).
         imitation_lr (`float`, *optional*, defaults to 0.1): Adam's learning rate there.
         total_steps (`int`, *optional*): Steps of the episode, for a rule that sees its progress.
+        log (`bool`, *optional*, defaults to `False`): Divide what each step contributes by the level of the losses
+            there: the meta-gradient of the sum of their logarithms.
 
     Returns:
         A scalar whose gradient is the meta-gradient; c and state after the window (with graph, unless `coordinates`
@@ -133,12 +145,14 @@ def unroll(
     seen = c.new_empty(steps, c.numel() if coordinates is None else coordinates.numel())  # (T, d), or (T, K)
     losses = c.new_empty(steps)
     sizes = run.basis.tensor_sizes
-    of_tensors = c.new_empty(steps, len(sizes), 2)  # (T, tensors, 2)
+    inputs = []  # of whole tensors, each (k, c)
     for step in range(steps):
         losses[step], g = run.gradient()
         seen[step] = g if coordinates is None else g[coordinates]
-        of_tensors[step] = rule.tensor_inputs(g, whole, sizes)
-        moved = rule.update_(g, whole, sizes=sizes, total_steps=total_steps).mul_(-lrs[step])
+        inputs.append(rule.tensor_inputs(g, whole, sizes))
+        rate = lrs[step]
+        delta = rule.update_(g, whole, sizes=sizes, inputs=inputs[-1], rate=rate, total_steps=total_steps)
+        moved = delta.mul_(-_factor(rule, rate))
         whole_c += moved
         run.move(moved)
     inverse_fraction = 1.0
@@ -148,9 +162,13 @@ def unroll(
     positions = torch.arange(len(whole_c), device=c.device) if coordinates is None else coordinates
     tensor = tensor_index(positions, sizes)  # (d,), or (K,)
     surrogate = c.new_zeros(())
+    weights = 1 / level(losses) if log else torch.ones_like(losses)
     for step, (lr_of_step, g) in enumerate(zip(lrs, seen, strict=True)):
-        surrogate = surrogate + torch.dot(g, c)  # g at c_t with c_t, not with c_{t+1}
-        delta, state = rule(g, state, total_steps=total_steps, of_tensor=of_tensors[step, tensor])
+        surrogate = surrogate + weights[step] * torch.dot(g, c)  # g at c_t with c_t, not with c_{t+1}
+        of_tensors, kept = rule.tensor_step(inputs[step], state.tensors, lr_of_step)
+        delta, state = rule(g, state, total_steps=total_steps, of_tensor=of_tensors[tensor])
+        state = state._replace(tensors=kept)
+        lr_of_step = _factor(rule, lr_of_step)
         c = c - lr_of_step * delta
         if imitation:
             adam = imitation_lr * _adam_direction(rule, state)
@@ -160,10 +178,40 @@ def unroll(
     return surrogate, c, state, losses
 
 
-def _of_tensor(rule: Rule, run: InnerRun, g: torch.Tensor, state: RuleState) -> torch.Tensor:
-    """The numbers of each coordinate's tensor, (d, 2)."""
-    known = rule.tensor_inputs(g, state, run.basis.tensor_sizes)
-    return known[tensor_index(torch.arange(len(g), device=g.device), run.basis.tensor_sizes)]
+def level(losses: torch.Tensor) -> torch.Tensor:
+    """A running mean of (T,) losses that one noisy batch hardly moves, (T,); for logarithms of losses."""
+    mean, means = losses[0].abs(), []
+    for step, loss in enumerate(losses.abs()):
+        mean = torch.lerp(mean, loss, max(1 / (step + 1), 0.1))
+        means.append(mean)
+    return torch.stack(means).clamp_min(1e-12)
+
+
+def _factor(rule: Rule, lr: float) -> float:
+    """What delta is multiplied by."""
+    return 1.0 if rule.own_scale else lr
+
+
+def _stepped(
+    rule: Rule, run: InnerRun, g: torch.Tensor, state: RuleState, lr: float, total_steps: int
+) -> tuple[torch.Tensor, RuleState]:
+    """A step of the rule over the tensors of a run, with its graph: delta of shape (d,) and the next state."""
+    inputs = rule.tensor_inputs(g, state, run.basis.tensor_sizes)
+    of_tensors, kept = rule.tensor_step(inputs, state.tensors, lr)
+    index = tensor_index(torch.arange(len(g), device=g.device), run.basis.tensor_sizes)
+    delta, state = rule(g, state, total_steps=total_steps, of_tensor=of_tensors[index])
+    return delta, state._replace(tensors=kept)
+
+
+class _Stepped(nn.Module):
+    """`_stepped` as a module's forward, so that the rule's weights can be replaced."""
+
+    def __init__(self, rule: Rule) -> None:
+        super().__init__()
+        self.rule = rule
+
+    def forward(self, *of_step: Any) -> tuple[torch.Tensor, RuleState]:
+        return _stepped(self.rule, *of_step)
 
 
 def _adam_direction(rule: Rule, state: RuleState) -> torch.Tensor:
@@ -212,6 +260,7 @@ class FirstOrder(Estimator):
         *,
         total_steps: int,
         generator: torch.Generator,
+        log: bool = False,
     ) -> Window:
         (run,), (c, state) = runs, _unpack(carry)
         chosen = None
@@ -228,10 +277,16 @@ class FirstOrder(Estimator):
             imitation=self.imitation,
             imitation_lr=self.imitation_lr,
             total_steps=total_steps,
+            log=log,
         )
-        weights = list(rule.parameters())
-        gradients = torch.autograd.grad(surrogate, weights, allow_unused=True, materialize_grads=True)
-        return Window(list(gradients), losses, _pack(c, state))
+        return Window(_gradients(surrogate, rule), losses, _pack(c, state))
+
+
+def _gradients(loss: torch.Tensor, rule: Rule) -> list[torch.Tensor]:
+    """Of each weight of the rule; zeros of those that do not learn."""
+    learning = [p for p in rule.parameters() if p.requires_grad]
+    found = iter(torch.autograd.grad(loss, learning, allow_unused=True, materialize_grads=True))
+    return [next(found) if p.requires_grad else torch.zeros_like(p) for p in rule.parameters()]
 
 
 class _Lift(torch.autograd.Function):
@@ -293,6 +348,7 @@ class SecondOrder(Estimator):
         *,
         total_steps: int,
         generator: torch.Generator,
+        log: bool = False,
     ) -> Window:
         (run,), (c, state) = runs, _unpack(carry)
         names = [f"model.{name}" for name in run.basis.layout.names]
@@ -308,13 +364,12 @@ class SecondOrder(Estimator):
                 loss = functional_call(objective, weights, (run.next_batch(),))
             gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, materialize_grads=True)
             g = run.scaled(_Project.apply(run.basis, *gradients))
-            of_tensor = _of_tensor(rule, run, g, state)
-            delta, state = rule(g, state, total_steps=total_steps, of_tensor=of_tensor)
-            c, total = c - lr * delta, total + loss
+            delta, state = _stepped(rule, run, g, state, lr, total_steps)
+            c = c - _factor(rule, lr) * delta
             losses.append(loss.detach())
+            total = total + (loss / level(torch.stack(losses))[-1] if log else loss)
         run.move((c - start).detach())
-        rule_gradients = torch.autograd.grad(total, list(rule.parameters()), allow_unused=True, materialize_grads=True)
-        return Window(list(rule_gradients), torch.stack(losses), _pack(c, state))
+        return Window(_gradients(total, rule), torch.stack(losses), _pack(c, state))
 
     def __repr__(self) -> str:
         return "SecondOrder()"
@@ -342,6 +397,7 @@ class PES(Estimator):
 
     sigma: float = 0.1
     runs = 2
+    bounded = True
 
     def __post_init__(self) -> None:
         if not self.sigma > 0:
@@ -361,28 +417,33 @@ class PES(Estimator):
         *,
         total_steps: int,
         generator: torch.Generator,
+        log: bool = False,
     ) -> Window:
         noise = {
-            name: self.sigma * torch.randn(p.shape, dtype=p.dtype, generator=generator).to(p.device)
+            name: self.sigma * p.requires_grad * torch.randn(p.shape, dtype=p.dtype, generator=generator).to(p.device)
             for name, p in rule.named_parameters()
         }
         following: Carry = {}
         losses = []
         for sign, head, run in ((1.0, "+", runs[0]), (-1.0, "-", runs[1])):
-            weights = {name: p + sign * noise[name] for name, p in rule.named_parameters()}
+            weights = {f"rule.{name}": p + sign * noise[name] for name, p in rule.named_parameters()}
             (c, state), of_run = _unpack(carry, head), []
             for lr in lrs:
                 with torch.enable_grad():
                     loss, g = run.gradient()
-                options = {"total_steps": total_steps, "of_tensor": _of_tensor(rule, run, g, state)}
-                delta, state = functional_call(rule, weights, (g, state), options)
-                c = c - lr * delta
-                run.move(-lr * delta)
+                delta, state = functional_call(_Stepped(rule), weights, (run, g, state, lr, total_steps))
+                moved = -_factor(rule, lr) * delta
+                c = c + moved
+                run.move(moved)
                 of_run.append(loss)
             following |= _pack(c, state, head)
             losses.append(torch.stack(of_run))
         xi = {name: carry[f"xi.{name}"] + noise[name] for name in noise}
-        difference = (losses[0] - losses[1]).sum()
+        mean = (losses[0] + losses[1]) / 2
+        if log:  # one that diverges is no more than bad
+            difference = (level(losses[0]).log() - level(losses[1]).log()).nan_to_num(0.0).clamp(-1, 1).sum()
+        else:
+            difference = (losses[0] - losses[1]).sum()
         gradients = [difference / (2 * self.sigma**2) * value for value in xi.values()]
         following |= {f"xi.{name}": value for name, value in xi.items()}
-        return Window(gradients, (losses[0] + losses[1]) / 2, following)
+        return Window(gradients, mean, following)

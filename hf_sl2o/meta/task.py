@@ -13,7 +13,7 @@ from accelerate.utils import send_to_device
 from torch import nn
 
 from ..optim import average_weight
-from ..subspace import Basis
+from ..subspace import Basis, IdentityBasis
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class InnerRun:
         device (`torch.device`, *optional*): Where the model and the batches go; by default they stay where they are.
         autocast (`torch.dtype`, *optional*): Precision of the network's forward pass, such as `torch.bfloat16`.
         scales (`torch.Tensor` of shape `(d,)`, *optional*): Runs in coordinates c' with c = scales * c'.
+        gain (`float`, *optional*, defaults to 1.0): As for [`~hf_sl2o.rules.rule.Rule.init_state`].
 
     Raises:
         `ValueError`: the basis does not fit the model (task named).
@@ -74,8 +75,9 @@ class InnerRun:
         device: torch.device | None = None,
         autocast: torch.dtype | None = None,
         scales: torch.Tensor | None = None,
+        gain: float = 1.0,
     ) -> None:
-        self.task, self.drawn = task, 0
+        self.task, self.drawn, self.gain = task, 0, gain
         self._autocast = autocast
         outside = _rng_state()
         self.model = task.build_model() if device is None else task.build_model().to(device)
@@ -147,6 +149,15 @@ class InnerRun:
             with self._naming_the_task():
                 loss.backward()
         return loss.detach(), self.scaled(self.basis.project([p.grad for p in self.parameters]))
+
+    def weights(self) -> list[torch.Tensor] | None:
+        """The tensors whose scalars are the coordinates, in this run's scales; None in a subspace."""
+        if not isinstance(self.basis, IdentityBasis):
+            return None
+        flat = torch.cat([p.detach().reshape(-1).to(self.basis.compute_dtype) for p in self.parameters])  # (d,)
+        flat = flat if self._scales is None else flat / self._scales
+        parts = zip(flat.split(self.basis.tensor_sizes), self.basis.tensor_shapes, strict=True)
+        return [part.view(shape) for part, shape in parts]
 
     def scaled(self, vector: torch.Tensor) -> torch.Tensor:
         """Returns `scales * vector`: a movement in the basis' coordinates, or a gradient in this run's."""
@@ -220,7 +231,8 @@ def train_on(
     Args:
         task ([`Task`]): What is trained.
         optimizer (`Callable`): Makes the optimizer of a list, such as `lambda c: LearnedOptimizer(c, rule)`: the
-            coefficients as one tensor, or with an identity basis one for each parameter.
+            coefficients as one tensor of zeros, or with an identity basis one for each parameter, with its values. An
+            optimizer with `train` and `eval`, such as a schedule-free one, is evaluated where `eval` puts it.
         steps (`int`): Optimizer steps.
         seed (`int`, *optional*, defaults to 0): Of the batches and of dropout.
         schedule (`str`, *optional*, defaults to `"constant"`): `"constant"` or `"linear"` (to zero at the last step).
@@ -257,13 +269,15 @@ def train_on(
     run = InnerRun(task, seed, device=device, autocast=autocast)
     c, parts = _coefficients(run)
     inner = optimizer(list(parts))
+    _go_to(inner, "train")
     base = [float(group["lr"]) for group in inner.param_groups]
     losses, evals, spent = [], [], 0.0
     mean = c.clone()
 
     def take(step: int) -> None:
         if step in evaluate_at:
-            evals.append([step, *_evaluated(run, mean - c if average else None, metric)])
+            away = mean - c if average else _away(inner, c)
+            evals.append([step, *_evaluated(run, away, metric)])
 
     take(0)
     for step in range(steps):
@@ -292,10 +306,34 @@ def _check_steps(task: Task, steps: int, evaluate_at: Collection[int]) -> None:
 
 
 def _coefficients(run: InnerRun) -> tuple[torch.Tensor, list[nn.Parameter]]:
-    """Zeros of shape `(d,)`, and the parameters of an optimizer: views, which move them."""
-    c = torch.zeros(run.basis.dim, device=run.device, dtype=run.basis.compute_dtype)
+    """Zeros of shape `(d,)`, or all weights if they are the coordinates; and an optimizer's parameters, views of it."""
+    weights = run.weights()
+    if weights is None:
+        c = torch.zeros(run.basis.dim, device=run.device, dtype=run.basis.compute_dtype)
+    else:
+        c = torch.cat([weight.reshape(-1) for weight in weights])
     pieces = zip(c.split(run.basis.tensor_sizes), run.basis.tensor_shapes, strict=True)
     return c, [nn.Parameter(piece.view(shape)) for piece, shape in pieces]
+
+
+def _go_to(inner: torch.optim.Optimizer, point: str) -> bool:
+    """Calls `train` or `eval` of an optimizer that has a point for each."""
+    if not hasattr(inner, "train") or not hasattr(inner, "eval"):
+        return False
+    getattr(inner, point)()
+    return True
+
+
+@torch.no_grad()
+def _away(inner: torch.optim.Optimizer, c: torch.Tensor) -> torch.Tensor | None:
+    """How far from where it trains, `c`, an optimizer wants to be evaluated; it stays where it trains."""
+    before = c.clone()
+    if not _go_to(inner, "eval"):
+        return None
+    away = c - before
+    _go_to(inner, "train")
+    c.copy_(before)  # to the bit: a look changes nothing
+    return away
 
 
 def _evaluated(run: InnerRun, away: torch.Tensor | None, metric: Callable[[nn.Module], float] | None) -> list[float]:

@@ -256,7 +256,7 @@ def check_entry_of(optimizer: Any, state_dict: dict[str, Any]) -> None:
     shapes |= {"at_average": ()} if "at_average" in first else {}
     inner = optimizer.inner
     if isinstance(inner, LearnedOptimizer) and len(first) > len(shapes):
-        of_rule = inner.rule.init_state(dim, device="meta")._asdict()
+        of_rule = inner._fresh(inner.param_groups[0]["params"][0], device="meta")
         shapes |= {"inner_step" if k == "step" else k: tuple(v.shape) for k, v in of_rule.items()}
     check_entry(first, shapes, "the coefficients")
     for key, value in first.items():  # an inner optimizer's: one number a coefficient, or one in all

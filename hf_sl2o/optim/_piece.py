@@ -35,9 +35,12 @@ class Piece:
         # Parameters that missed gradients are at another step, so their bias correction differs. Read once, here.
         uniform = bool((steps == steps[0]).all())
         counts = torch.tensor(self.sizes, device=steps.device)
+        per_coordinate = RuleState._fields[1:-1]
         self.state = RuleState(
-            steps[0].clone() if uniform else steps.repeat_interleave(counts),
-            *(torch.cat([state[name] for state in of]) for name in RuleState._fields[1:]),
+            step=steps[0].clone() if uniform else steps.repeat_interleave(counts),
+            # A rule that keeps nothing of whole tensors has no entry for it
+            tensors=torch.cat([state.get("tensors", steps.new_zeros(1, 0)) for state in of]),
+            **{name: torch.cat([state[name] for state in of]) for name in per_coordinate},
         )
         #: (N,) the published point, and the last step as it was written to the weights (None: not known).
         self.average: torch.Tensor | None = None
@@ -47,11 +50,16 @@ class Piece:
             self.average = torch.cat([state["average"].reshape(-1).to(self.dtype) for state in of])
             if all("last" in state for state in of):
                 self.last = torch.cat([state["last"].reshape(-1).to(self.dtype) for state in of])
-        offset = 0
+        offset = row = 0
         for p, state, size in zip(self.params, of, self.sizes, strict=True):
             part = slice(offset, offset + size)
             step = self.state.step if uniform else (self.state.step[offset] if size else state["step"])
-            state.update(RuleState(step, *(tensor[part] for tensor in self.state[1:]))._asdict())
+            state["step"] = step
+            state.update({name: getattr(self.state, name)[part] for name in per_coordinate})
+            if "tensors" in state:
+                rows = len(state["tensors"])
+                state["tensors"] = self.state.tensors[row : row + rows]
+                row += rows
             for name, flat in (("average", self.average), ("last", self.last)):
                 if flat is not None and name in state:
                     state[name] = flat[part].view(real(p).shape)

@@ -25,15 +25,13 @@ from ._piece import Piece
 from ._state import check_entry, check_same, check_state, load_keeping_dtypes, warn_of_another_rate
 from ._two_points import HINT, TwoPoints, parameters_of
 
-# Factors that are no matrices of the network: their sides say nothing of its width.
-_NO_WIDTH = ("oft_", "boft_")
-
 
 class LearnedOptimizer(TwoPoints):
     """A learned rule as a `torch.optim.Optimizer` over any tensors, such as LoRA factors or a small network.
 
-    theta = theta - lr * step_factor * rule(g): every scalar is a coordinate of the rule. `step_factor` is 1, or what
-    the rule asks for over wide matrices. A coordinate that never had a gradient does not move. State is fp32; use fp32
+    theta = theta - lr * rule(g): every scalar is a coordinate of the rule. For a rule that finds its own scale, such
+    as `default-lora`, lr is where it begins to look, between 0.1 and 10 times its first guess; what a schedule
+    multiplies lr by counts in full. A coordinate that never had a gradient does not move. State is fp32; use fp32
     weights, or increments below a bf16 unit vanish (a basis has no such limit, see [`SubspaceOptimizer`]). A step
     whose gradient holds NaN or Inf anywhere changes nothing and is counted; three in a row raise `FloatingPointError`.
 
@@ -50,10 +48,10 @@ class LearnedOptimizer(TwoPoints):
             it was meta-trained at.
         betas (`tuple[float, float]`, *optional*): Defaults to the rule's own.
         eps (`float`, *optional*): Defaults to the rule's own.
-        weight_decay (`float`, *optional*, defaults to 0.0): Decoupled: theta shrinks by lr * step_factor *
-            output_scale * weight_decay a step, as by AdamW's lr * weight_decay at a step size of the rule's.
+        weight_decay (`float`, *optional*, defaults to 0.0): Decoupled: theta shrinks by lr * weight_decay
+            times the length of a step of the rule, as by AdamW's lr * weight_decay at a step size of the rule's.
         foreach (`bool`, *optional*): None or True: one computation over all tensors of a group; False: a tensor at a
-            time.
+            time. A rule that finds its own scale compares the tensors of a group, and always takes them together.
         maximize (`bool`, *optional*, defaults to `False`): Ascend.
         capturable (`bool`, *optional*, defaults to `False`): Nothing is ever read back to the host; three non-finite
             steps in a row then do not raise.
@@ -143,7 +141,6 @@ class LearnedOptimizer(TwoPoints):
 
     def _reset(self) -> None:
         self._pieces: dict[tuple[int, ...], Piece] = {}
-        self._step_factor: float | None = None
         self._non_finite = NonFiniteGuard()
         self._from_last = False  # whether the gradients to come are of the last step's weights
 
@@ -176,22 +173,12 @@ class LearnedOptimizer(TwoPoints):
                 "a parameter is on the meta device, so it has no values yet, and is another one when it is made; make "
                 "the model first (to_empty and load_state_dict, or from_pretrained), then its optimizer"
             )
-        self._step_factor = None
-
-    @property
-    def step_factor(self) -> float:
-        """What the rule's steps are multiplied by for tensors of this width; see [`RuleConfig.step_factor`]."""
-        if self._step_factor is None:
-            named: list[tuple[str, torch.Tensor]] = []
-            for group in self.param_groups:
-                names = group.get("param_names") or [""] * len(group["params"])
-                named += zip(names, group["params"], strict=True)
-            wide = [p for name, p in named if not any(part in name for part in _NO_WIDTH)]
-            self._step_factor = self.rule.config.step_factor(s for p in wide for s in self._shapes(p))
-        return self._step_factor
 
     def _shapes(self, p: torch.Tensor) -> list[tuple[int, ...]]:
         return self.tensor_shapes or [tuple(real(p).shape)]
+
+    def _sizes(self, p: torch.Tensor) -> list[int]:
+        return [math.prod(shape) for shape in self._shapes(p)]
 
     # State
 
@@ -235,32 +222,41 @@ class LearnedOptimizer(TwoPoints):
                 "the saved weights are at their running average, and this optimizer keeps none; resume with the same "
                 "average=... (sl2o_average)"
             )
-        meta = self.rule.init_state(real(p).numel(), device="meta")
-        shapes = {name: tuple(value.shape) for name, value in meta._asdict().items()}
+        shapes = {name: tuple(value.shape) for name, value in self._fresh(p, device="meta").items()}
         shapes |= {name: tuple(real(p).shape) for name in ("average", "last") if name in entry}
         check_entry(entry, shapes, what)
         if bool(entry["step"] < 0) or bool((entry["exp_avg_sq"] < 0).any()):
             raise ValueError(f"the saved optimizer state of {what} has a negative step or exp_avg_sq; restore it")
 
-    def _piece(self, params: Sequence[torch.Tensor]) -> Piece:
+    def _piece(self, params: Sequence[torch.Tensor], group: dict[str, Any]) -> Piece:
         """What is kept of `params` as one; each parameter's own state is a view of it."""
         key = tuple(id(p) for p in params)
         if key not in self._pieces:
             check_one_device(params)
             for p in params:
-                self._begin(p)
+                self._begin(p, group)
             piece = Piece(params, self.state, with_average=bool(self.average))
             self._pieces = {known: old for known, old in self._pieces.items() if not set(known) & set(key)}
             self._pieces[key] = piece
         return self._pieces[key]
 
-    def _begin(self, p: torch.Tensor) -> None:
+    def _fresh(self, p: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
+        """The rule's state of a parameter before its first step; without what a rule keeps nothing in."""
+        flat = real(p.detach()).reshape(-1).to(options["device"])
+        tensors = [part.view(shape) for part, shape in zip(flat.split(self._sizes(p)), self._shapes(p), strict=True)]
+        state = self.rule.init_state(flat.numel(), weights=[t for t in tensors if t.numel()], **options)._asdict()
+        if not state["tensors"].shape[1]:
+            del state["tensors"]
+        return state
+
+    def _begin(self, p: torch.Tensor, group: dict[str, Any]) -> None:
         """Makes the state of a parameter when it is first met."""
         state = self.state[p]
         if not state:
             weights = next(self.rule.parameters(), None)
             dtype = torch.promote_types(real(p).dtype, torch.float32) if weights is None else weights.dtype
-            state.update(self.rule.init_state(real(p).numel(), device=p.device, dtype=dtype)._asdict())
+            rate = group.get("initial_lr", group["lr"])  # a scheduler's warm-up may begin at 0
+            state.update(self._fresh(p, device=p.device, dtype=dtype, rate=rate))
         if self.average and "average" not in state:
             state["average"] = real(p.detach()).to(torch.promote_types(real(p).dtype, torch.float32), copy=True)
 
@@ -269,7 +265,7 @@ class LearnedOptimizer(TwoPoints):
         known = {number for key in self._pieces for number in key}
         others = [p for p, state in self.state.items() if state and id(p) not in known]
         if others:
-            self._piece(others)
+            self._piece(others, self.param_groups[0])
         return list(self._pieces.values())
 
     # The running average
@@ -345,7 +341,7 @@ class LearnedOptimizer(TwoPoints):
                 if group["differentiable"]:
                     for p in params:
                         self._differentiable_update(p, group)
-                elif group["foreach"] is False:
+                elif group["foreach"] is False and not self.rule.own_scale:
                     for p in params:
                         self._update([p], group, finite)
                 elif params:
@@ -362,7 +358,7 @@ class LearnedOptimizer(TwoPoints):
 
     def _update(self, params: Sequence[torch.Tensor], group: dict[str, Any], finite: torch.Tensor) -> None:
         """One computation over the concatenation of `params`; nothing changes where `finite` is false."""
-        piece = self._piece(params)
+        piece = self._piece(params, group)
         state = piece.state
         if self.average:
             piece.take_changes()
@@ -371,26 +367,32 @@ class LearnedOptimizer(TwoPoints):
         if group["maximize"]:
             g = -g
         options = {name: group[name] for name in ("betas", "eps", "total_steps")}
-        sizes = [size for p in params for shape in self._shapes(p) if (size := math.prod(shape))]
-        self.rule.update_(g, state, finite=finite, sizes=sizes, **options)
-        lr, decay = group["lr"] * self.step_factor, group["weight_decay"]
-        for p, delta in zip(params, piece.views(g), strict=True):
+        sizes = [size for p in params for size in self._sizes(p) if size]
+        self.rule.update_(g, state, finite=finite, sizes=sizes, rate=group["lr"], **options)
+        lr, decay = self._factor(group), group["weight_decay"]
+        lengths = self.rule.lengths(state.tensors, group["lr"]) if decay else ()
+        for i, (p, delta) in enumerate(zip(params, piece.views(g), strict=True)):
             weights = real(p.detach())
             if decay:
-                weights.mul_(1 - lr * abs(self.rule.config.output_scale) * decay * finite)
+                weights.mul_(1 - lr * lengths[i] * decay * finite)
             weights.sub_((lr * delta).to(weights.dtype))
         if self.average:
             piece.average_(finite * average_weight(state.step, self.average))
 
+    def _factor(self, group: dict[str, Any]) -> float | torch.Tensor:
+        """What delta is multiplied by: a rule that finds its own scale has the rate in it."""
+        return 1.0 if self.rule.own_scale else group["lr"]  # type: ignore[no-any-return]
+
     def _differentiable_update(self, p: torch.Tensor, group: dict[str, Any]) -> None:
-        self._begin(p)
-        state = RuleState(**{name: self.state[p][name] for name in RuleState._fields})
+        self._begin(p, group)
+        kept = {"tensors": p.new_zeros(1, 0), **self.state[p]}
+        state = RuleState(**{name: kept[name] for name in RuleState._fields})
         assert p.grad is not None
         g = p.grad.reshape(-1).to(state.exp_avg.dtype)
         options = {name: group[name] for name in ("betas", "eps", "total_steps")}
-        delta, state = self.rule(-g if group["maximize"] else g, state, **options)
-        self.state[p].update(state._asdict())
-        lr = group["lr"] * self.step_factor
+        delta, state = self.rule(-g if group["maximize"] else g, state, rate=group["lr"], **options)
+        self.state[p].update({name: value for name, value in state._asdict().items() if name in self.state[p]})
+        lr = self._factor(group)
         if group["weight_decay"]:
-            p.mul_(1 - lr * abs(self.rule.config.output_scale) * group["weight_decay"])
+            p.mul_(1 - lr * self.rule.lengths(state.tensors, group["lr"])[0] * group["weight_decay"])
         p.sub_((lr * delta).view_as(p).to(p.dtype))

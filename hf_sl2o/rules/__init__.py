@@ -2,7 +2,7 @@
 
 - `config`: every choice a rule makes, and the paper's presets
 - `inputs`: what a rule sees, the columns of its network's input
-- `rule`: what all rules do;  `lstm`, `symbolic`: the two kinds
+- `rule`: what all rules do;  `lstm`, `tensor_lstm`, `symbolic`: the three kinds
 - `load`, `shipped/`: the four rules that ship, and how a user's words name one
 
 It may import `foundation`, and torch; no transformers.
@@ -13,5 +13,9 @@ from .load import SHIPPED_RULES, load_rule
 from .lstm import LSTMRule
 from .rule import Rule, RuleState
 from .symbolic import SymbolicRule
+from .tensor_lstm import TensorLSTMRule
 
-__all__ = ["ADDED_LATER", "SHIPPED_RULES", "LSTMRule", "Rule", "RuleConfig", "RuleState", "SymbolicRule", "load_rule"]
+__all__ = [
+    "ADDED_LATER", "SHIPPED_RULES", "LSTMRule", "Rule", "RuleConfig", "RuleState", "SymbolicRule", "TensorLSTMRule",
+    "load_rule",
+]  # fmt: skip

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,8 @@ from ..foundation.checked import check_flag, check_integer, check_number, shown
 
 # Choices that the first saved rules did not have to make.
 ADDED_LATER: dict[str, Any] = {
-    "momenta": (), "progress": False, "tensor_scale": False, "agreement": False, "base_width": 0,
-    "average": 0.0,
+    "momenta": (), "progress": False, "tensor_scale": False, "agreement": False,
+    "average": 0.0, "per_tensor": 0, "distance": False,
 }  # fmt: skip
 
 # Supplement, Table 2: expressions fitted to a rule that was meta-trained on ResNet-20.
@@ -92,11 +91,18 @@ class RuleConfig:
         default=False,
         metadata={"help": "The cosine of g and the last step's m over the coordinate's tensor is an input."},
     )
-    base_width: int = dataclasses.field(
+    per_tensor: int = dataclasses.field(
         default=0,
         metadata={
-            "help": "Over wider matrices (LoRA factors) steps are multiplied by base_width / width, as Adam's rate is "
-            "in muP (Yang et al., 2022); 0: never. See `step_factor`."
+            "help": "Size of an LSTM over whole tensors, which sets the length of steps and mixes their direction; a "
+            "coordinate then has no network of its own. 0: none. See `TensorLSTMRule`."
+        },
+    )
+    distance: bool = dataclasses.field(
+        default=False,
+        metadata={
+            "help": "The LSTM of a tensor also sees how far the tensor is from its start, in its steps, and whether "
+            "gradients still point away from there; costs a number a coordinate."
         },
     )
     average: float = dataclasses.field(
@@ -118,7 +124,7 @@ class RuleConfig:
             raise ValueError(f"betas are {self.beta1} and {self.beta2}, expected values in [0, 1)")
         if any(not 0 <= beta < 1 for beta in self.momenta) or (self.momenta and self.inputs != "normalized"):
             raise ValueError(f'momenta are {self.momenta}, expected values in [0, 1), beside inputs "normalized"')
-        for name in ("tensor_scale", "agreement"):
+        for name in ("tensor_scale", "agreement", "per_tensor"):
             if getattr(self, name) and self.inputs != "normalized":
                 raise ValueError(f'{name} adds to inputs "normalized", and inputs is {self.inputs!r}')
         if self.expression is not None and self.expression not in EXPRESSIONS:
@@ -129,13 +135,13 @@ class RuleConfig:
         for name in ("inputs", "expression"):
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"{name} is {shown(getattr(self, name))}, expected a string")
-        for name in ("squash", "progress", "tensor_scale", "agreement"):
+        for name in ("squash", "progress", "tensor_scale", "agreement", "distance"):
             check_flag(name, getattr(self, name))
         for name, least, most in (
             ("embed_size", 0, _LARGEST),
             ("hidden_size", 1, _LARGEST),
             ("num_layers", 1, _LARGEST),
-            ("base_width", 0, _LARGEST),
+            ("per_tensor", 0, _LARGEST),
             ("bias_correction_offset", 0, _LARGEST),
             ("reset_cell_every", 0, 1 << 53),
         ):
@@ -181,23 +187,6 @@ class RuleConfig:
     def of_update(self) -> dict[str, Any]:
         """Every choice that the update depends on: all but `average`."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "average"}
-
-    def step_factor(self, shapes: Iterable[Sequence[int]]) -> float:
-        """Returns what a step over tensors of these shapes is multiplied by: base_width / width, at most 1.
-
-        The width is the median of the matrices' longer sides: of LoRA factors mostly the network's own. Vectors, such
-        as the coefficients of a basis, have none.
-
-        Example:
-
-        ```python
-        >>> from hf_sl2o import RuleConfig
-        >>> RuleConfig(base_width=64).step_factor([(16, 256), (256, 16)])
-        0.25
-        ```
-        """
-        widths = [max(shape) for shape in shapes if len(shape) > 1]
-        return min(1.0, self.base_width / statistics.median(widths)) if self.base_width and widths else 1.0
 
     @property
     def input_size(self) -> int:

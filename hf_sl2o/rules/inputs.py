@@ -100,3 +100,55 @@ def tensor_inputs(
     dots = torch.stack([torch.dot(of_g, of_m) for of_g, of_m in zip(gradients, momenta, strict=True)])
     lengths = norms * torch.stack(torch._foreach_norm(momenta))
     return torch.stack([scale, dots / lengths.clamp_min(torch.finfo(g.dtype).tiny)], dim=-1)
+
+
+def tensor_facts(
+    g: torch.Tensor,
+    averages: Sequence[tuple[torch.Tensor, float]],
+    exp_avg_sq: torch.Tensor,
+    step: torch.Tensor,
+    sizes: tuple[int, ...],
+    *,
+    beta2: float,
+    moved: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Returns `(k, 3 + 2 j)`, or with `moved` two more, of the k tensors in the flat `g`.
+
+    The columns: s, the square root of the mean of v^ with this step in it; the step; log of (rms of g / s); and for
+    each of the j momenta its cosine with g, and its rms over s: 1 while gradients agree, small in noise; last the
+    cosine of g with the way from the start to here, and the logarithm of the root mean square of that way. A tensor
+    whose gradient is zero has zeros.
+
+    Args:
+        g, exp_avg_sq (`torch.Tensor` of shape `(N,)`): The gradient; v of the step before.
+        averages (`Sequence[tuple[torch.Tensor, float]]`): Momenta of the step before, each `(N,)` and its decay.
+        step (`torch.Tensor` of shape `()` or `(N,)`): Of this step, from 1.
+        sizes (`tuple[int, ...]`): Of the tensors.
+        beta2 (`float`): Decay of v.
+        moved (`torch.Tensor` of shape `(N,)`, *optional*): Where the coordinates are, seen from their start.
+    """
+    counts, ends = _of_tensors(sizes, g.device)
+    step = step[ends - 1] if step.ndim else step.expand(len(sizes))  # (k,)
+    tiny = torch.finfo(g.dtype).tiny
+    gradients = g.split(sizes)
+    norms = torch.stack(torch._foreach_norm(gradients))  # (k,)
+    old = torch.stack(torch._foreach_norm(exp_avg_sq.split(sizes), 1))  # (k,) sums: v is not negative
+    s = (torch.lerp(norms.square(), old, beta2) / counts / (1 - beta2**step)).sqrt()
+    rms = norms / counts.sqrt()
+    columns = [s, step, (rms.clamp_min(tiny) / s.clamp_min(tiny)).log().clamp(-3, 3)]
+
+    def beside(vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The cosine of g and `vector`, and the root mean square of `vector`, each (k,)."""
+        parts = vector.split(sizes)
+        dots = torch.stack([torch.dot(a, b) for a, b in zip(gradients, parts, strict=True)])
+        lengths = torch.stack(torch._foreach_norm(parts))
+        return dots / (norms * lengths).clamp_min(tiny), lengths / counts.sqrt()
+
+    for average, beta in averages:
+        cosine, of_average = beside(average)
+        columns += [cosine, of_average / (1 - beta ** (step - 1)).clamp_min(1 - beta) / s.clamp_min(tiny)]
+    if moved is not None:
+        cosine, way = beside(moved)
+        columns += [cosine, way.clamp_min(tiny).log()]
+    facts = torch.stack(columns, dim=-1)
+    return torch.where((norms > 0)[:, None], facts, facts.new_zeros(()))

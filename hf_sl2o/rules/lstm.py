@@ -47,7 +47,7 @@ class LSTMRule(Rule):
         return self.config.num_layers, self.config.hidden_size
 
     def _output(
-        self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
+        self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor, of_tensor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x = inputs if self.embed is None else nn.functional.elu(self.embed(inputs))
         hiddens, cells = [], []

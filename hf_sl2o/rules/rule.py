@@ -43,15 +43,36 @@ _ROUNDING, _CEASED = 1e-6, 0.03  # shares of a tensor's scale, and of m~ and g~,
 _CHUNK = {"cpu": 1 << 13, "cuda": 1 << 20}
 
 
+# A choice of earlier versions, as they saved it where it was not made.
+_GONE = (("base_width", 0),)
+
+
+def _without_gone(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """Leaves out choices of earlier versions that were not made.
+
+    Raises:
+        `ValueError`: one was made.
+    """
+    for name, off in _GONE:
+        if settings.get(name, off) != off:
+            raise ValueError(
+                f"the rule in {where} has {name} {settings[name]!r}, which this version does not know: an earlier one "
+                f"multiplied its steps by {name} / width over wide matrices. Set it to {off} in config.json and give "
+                "the learning rate that width calls for, or use the rule that ships, which finds its scale by itself"
+            )
+    return {name: value for name, value in settings.items() if (name, value) not in _GONE}
+
+
 class RuleState(NamedTuple):
-    """What a rule remembers, for N coordinates: tensors only, fp32."""
+    """What a rule remembers, for N coordinates of k tensors: fp32."""
 
     step: torch.Tensor  # (), updates done
     exp_avg: torch.Tensor  # (N,), m
     exp_avg_sq: torch.Tensor  # (N,), v
     hidden: torch.Tensor  # (N, layers, h)
     cell: torch.Tensor  # (N, layers, h)
-    momenta: torch.Tensor  # (N, k), the further momenta of the configuration; mostly k = 0
+    momenta: torch.Tensor  # (N, j), the further momenta of the configuration, and the way from the start; mostly j = 0
+    tensors: torch.Tensor  # (k, s), what is kept of each of the k tensors that the coordinates are of; mostly s = 0
 
     def detach(self) -> RuleState:
         """Returns the same numbers without their graph."""
@@ -60,7 +81,8 @@ class RuleState(NamedTuple):
     def at(self, part: slice | torch.Tensor) -> RuleState:
         """Returns the state of some of the coordinates: views for a slice, copies for indices."""
         step = self.step if self.step.ndim == 0 else self.step[part]
-        return RuleState(step, *(tensor[part] for tensor in self[1:]))
+        mine = {name: getattr(self, name)[part] for name in self._fields[1:-1]}
+        return RuleState(step=step, tensors=self.tensors, **mine)
 
 
 class Rule(nn.Module, HubFiles):
@@ -77,22 +99,50 @@ class Rule(nn.Module, HubFiles):
     @staticmethod
     def from_config(config: RuleConfig) -> Rule:
         """Builds the rule that `config` describes, with fresh weights."""
-        from .lstm import LSTMRule  # the two kinds stand on this class
+        from .lstm import LSTMRule  # the three kinds stand on this class
         from .symbolic import SymbolicRule
+        from .tensor_lstm import TensorLSTMRule
 
-        return LSTMRule(config) if config.expression is None else SymbolicRule(config)
+        if config.expression is not None:
+            return SymbolicRule(config)
+        return TensorLSTMRule(config) if config.per_tensor else LSTMRule(config)
 
     def init_state(
-        self, n: int, *, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+        self,
+        n: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+        weights: Sequence[torch.Tensor] | None = None,
+        rate: float | torch.Tensor = 1.0,
     ) -> RuleState:
-        """Returns the zero state for `n` coordinates."""
+        """Returns the state of `n` coordinates before the first step: zeros.
+
+        Args:
+            n (`int`): N.
+            device, dtype (*optional*): Of the state.
+            weights (`Sequence[torch.Tensor]`, *optional*): The tensors that the coordinates are of, as they begin; by
+                default one vector of zeros. A rule that keeps something of each tensor looks at them.
+            rate (`float`, *optional*, defaults to 1.0): Where a rule begins to look for its scale, over its own guess;
+                a schedule multiplies it.
+        """
         layers, size = self._state_shape()
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, device=device, dtype=dtype)
 
-        hidden, cell, momenta = zeros(n, layers, size), zeros(n, layers, size), zeros(n, len(self.config.momenta))
-        return RuleState(zeros(), zeros(n), zeros(n), hidden, cell, momenta)
+        hidden, cell, momenta = (
+            zeros(n, layers, size),
+            zeros(n, layers, size),
+            zeros(n, len(self.config.momenta) + self.config.distance),
+        )
+        weights = [zeros(n)] if weights is None else weights
+        kept = self._of_tensors(weights, rate).to(device=device, dtype=dtype)
+        return RuleState(zeros(), zeros(n), zeros(n), hidden, cell, momenta, kept)
+
+    def _of_tensors(self, weights: Sequence[torch.Tensor], rate: float | torch.Tensor) -> torch.Tensor:
+        """What is kept of each of k tensors before the first step, (k, s)."""
+        return torch.zeros(len(weights), 0)
 
     @property
     def fingerprint(self) -> str:
@@ -107,10 +157,35 @@ class Rule(nn.Module, HubFiles):
         raise NotImplementedError
 
     def _output(
-        self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
+        self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor, of_tensor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Maps (N, k) inputs and the network's state to (N,) outputs and the next state."""
         raise NotImplementedError
+
+    @property
+    def own_scale(self) -> bool:
+        """Whether a rate is no more than where it begins to look, so that delta is not multiplied by it."""
+        return False
+
+    def lengths(self, tensors: torch.Tensor, rate: float | torch.Tensor) -> torch.Tensor:
+        """Returns the unit of delta for each of k tensors, (k,), for what is kept of them; weight decay is in it."""
+        return tensors.new_full((len(tensors),), abs(self.config.output_scale))
+
+    def tensor_step(
+        self, inputs: torch.Tensor, tensors: torch.Tensor, rate: float | torch.Tensor = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maps what counts of each tensor in this step, and what is kept of it, to the numbers for its coordinates.
+
+        Args:
+            inputs (`torch.Tensor` of shape `(k, c)`): From [`~Rule.tensor_inputs`].
+            tensors (`torch.Tensor` of shape `(k, s)`): `state.tensors`.
+            rate (`float` or 0-d `torch.Tensor`, *optional*, defaults to 1.0): The learning rate of this step, for a
+                rule that finds its own scale.
+
+        Returns:
+            `(k, o)`, and the next `tensors`.
+        """
+        return inputs, tensors
 
     def tensor_inputs(
         self,
@@ -145,6 +220,7 @@ class Rule(nn.Module, HubFiles):
         betas: tuple[float, float] | None = None,
         eps: float | None = None,
         total_steps: float | None = None,
+        rate: float | torch.Tensor = 1.0,
         of_tensor: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, RuleState]:
         """Returns the update for one step.
@@ -154,8 +230,9 @@ class Rule(nn.Module, HubFiles):
             state ([`RuleState`]): From [`~Rule.init_state`] or the previous step.
             betas, eps (*optional*): Instead of the configuration's.
             total_steps (`float`, *optional*): Steps of the whole run, for a rule whose configuration has `progress`.
-            of_tensor (`torch.Tensor` of shape `(N, 2)` or `(1, 2)`, *optional*): The numbers of each coordinate's
-                tensor, from [`~Rule.tensor_inputs`]; by default those of `g` as one tensor.
+            rate (`float` or 0-d `torch.Tensor`, *optional*, defaults to 1.0): As for [`~Rule.tensor_step`].
+            of_tensor (`torch.Tensor` of shape `(N, o)` or `(1, o)`, *optional*): The numbers of each coordinate's
+                tensor, from [`~Rule.tensor_step`], which the caller then goes on with; by default `g` is one tensor.
 
         Returns:
             `delta` of shape `(N,)`, to be subtracted, and the next [`RuleState`].
@@ -172,8 +249,9 @@ class Rule(nn.Module, HubFiles):
                 f"this rule sees the share of the run that is done, and total_steps is {total_steps}: pass the number "
                 "of steps of the run (max_steps to the Trainer)"
             )
+        tensors = state.tensors
         if of_tensor is None:
-            of_tensor = self.tensor_inputs(g, state, betas=betas)
+            of_tensor, tensors = self.tensor_step(self.tensor_inputs(g, state, betas=betas), tensors, rate)
         momenta = state.momenta
         with torch.autocast(g.device.type, enabled=False):
             v = torch.lerp(g * g, state.exp_avg_sq, beta2)  # (N,)
@@ -186,23 +264,26 @@ class Rule(nn.Module, HubFiles):
             recent = torch.maximum(seen[0].abs(), seen[1].abs())  # (N,)
             if config.momenta:
                 further = [
-                    torch.lerp(g, old, beta) for old, beta in zip(momenta.unbind(-1), config.momenta, strict=True)
+                    torch.lerp(g, old, beta) for old, beta in zip(momenta.unbind(-1), config.momenta, strict=False)
                 ]
                 seen += [
                     new / (1 - beta**exponent) * inverse for new, beta in zip(further, config.momenta, strict=True)
                 ]
-                momenta = torch.stack(further, dim=-1)  # (N, k)
+                momenta = torch.stack(further + [*momenta.unbind(-1)][len(further) :], dim=-1)  # (N, j)
             done = state.step / total_steps if config.progress and total_steps else None
             inputs = network_inputs(config, seen, g, m_hat, of_tensor, eps, done)
             cell = state.cell
             if config.reset_cell_every:
                 kept = (step - 1) % config.reset_cell_every != 0  # () or (N,)
                 cell = cell * kept.reshape(-1, 1, 1)
-            output, hidden, cell = self._output(inputs, state.hidden, cell)
+            output, hidden, cell = self._output(inputs, state.hidden, cell, of_tensor)
             rounding = eps**2 + (_ROUNDING * of_tensor[:, 0].detach()).square()  # (N,) or (1,)
             history = v_hat / (v_hat + rounding).clamp_min(torch.finfo(v_hat.dtype).tiny)  # (N,)
             history = history * (recent / _CEASED).clamp_max(1.0)
-        return config.output_scale * history * output, RuleState(step, m, v, hidden, cell, momenta)
+            delta = config.output_scale * history * output
+            if config.distance:
+                momenta = torch.cat([momenta[:, :-1], momenta[:, -1:] - delta.detach()[:, None]], dim=-1)
+        return delta, RuleState(step, m, v, hidden, cell, momenta, tensors)
 
     @torch.no_grad()
     def update_(
@@ -212,6 +293,8 @@ class Rule(nn.Module, HubFiles):
         *,
         finite: torch.Tensor | None = None,
         sizes: Sequence[int] | None = None,
+        inputs: torch.Tensor | None = None,
+        rate: float | torch.Tensor = 1.0,
         **options: Any,
     ) -> torch.Tensor:
         """Turns `g` into delta and `state` into the next one, in place, without a graph.
@@ -224,13 +307,17 @@ class Rule(nn.Module, HubFiles):
             state ([`RuleState`]): Overwritten.
             finite (0-d `torch.Tensor`, *optional*): Where false, delta is 0 and the state stays as it is.
             sizes (`Sequence[int]`, *optional*): Of the tensors that `g` holds; by default it is one tensor.
+            inputs (`torch.Tensor` of shape `(k, c)`, *optional*): From [`~Rule.tensor_inputs`], if they are known.
+            rate (`float` or 0-d `torch.Tensor`, *optional*, defaults to 1.0): As for [`~Rule.tensor_step`].
             **options: As for [`~Rule.forward`].
 
         Returns:
             `g`, which holds delta of shape `(N,)`.
         """
         chunk = _CHUNK.get(g.device.type, 1 << 16)
-        tensors = self.tensor_inputs(g, state, sizes, betas=options.get("betas"))  # (k, 2)
+        if inputs is None:
+            inputs = self.tensor_inputs(g, state, sizes, betas=options.get("betas"))
+        tensors, kept = self.tensor_step(inputs, state.tensors, rate)  # (k, o), (k, s)
         for start in range(0, g.numel(), chunk):
             part = slice(start, min(start + chunk, g.numel()))
             old = state.at(part)
@@ -239,9 +326,10 @@ class Rule(nn.Module, HubFiles):
                 assert sizes is not None
                 of_tensor = tensors[tensor_index(torch.arange(part.start, part.stop, device=g.device), sizes)]
             delta, new = self(g[part], old, of_tensor=of_tensor, **options)
-            for previous, following in zip(old[1:], new[1:], strict=True):
+            for previous, following in zip(old[1:-1], new[1:-1], strict=True):
                 previous.copy_(following if finite is None else torch.where(finite, following, previous))
             g[part] = delta if finite is None else torch.where(finite, delta, 0)
+        state.tensors.copy_(kept if finite is None else torch.where(finite, kept, state.tensors))
         state.step.add_(1 if finite is None else finite)
         return g
 
@@ -254,9 +342,10 @@ class Rule(nn.Module, HubFiles):
         fields = {field.name for field in dataclasses.fields(RuleConfig)}
         if not isinstance(config["rule"], dict):
             raise ValueError(f'config.json in {where} has "rule": {config["rule"]!r}, expected a JSON object')
-        take({**ADDED_LATER, **config["rule"]}, fields, where)
+        given = _without_gone(config["rule"], where)
+        take({**ADDED_LATER, **given}, fields, where)
         try:
-            settings = RuleConfig(**config["rule"])
+            settings = RuleConfig(**given)
             # Shapes alone, and of no more layers than there are tensors: nothing large is made for a false config.
             few = dataclasses.replace(settings, num_layers=min(settings.num_layers, len(tensors) + 1))
             with torch.device("meta"):
@@ -276,17 +365,12 @@ class Rule(nn.Module, HubFiles):
     @staticmethod
     def settings_of(config: dict[str, Any]) -> dict[str, Any]:
         """Without what a file may leave out: choices that the first saved rules did not have to make."""
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in config["rule"].items()}
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in config["rule"].items() if (k, v) not in _GONE}
         return {**config, "rule": {k: v for k, v in given.items() if ADDED_LATER.get(k, ...) != v}}
 
     def card(self) -> dict[str, str]:
         config = self.config
         details = []
-        if config.base_width:
-            details.append(
-                f"Over matrices wider than {config.base_width} (LoRA factors; the median of their longer sides) its "
-                f"steps are multiplied by {config.base_width} / width."
-            )
         if config.average:
             details.append(f"A Trainer evaluates and saves at its running average, eta {config.average:g}.")
         kind = (

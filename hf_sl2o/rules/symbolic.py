@@ -38,7 +38,7 @@ class SymbolicRule(Rule):
         return 0, 0
 
     def _output(
-        self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor
+        self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor, of_tensor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         assert self.config.expression is not None
         return EXPRESSIONS[self.config.expression](inputs[:, 0], inputs[:, 1]), hidden, cell

