@@ -19,6 +19,8 @@ BLOCKS = {
     "average-cost": ROOT / "benchmarks" / "results" / "average_cost.json",
     "rule-default": ROOT / "recipes" / "results" / "rule_default.json",
     "rule-default-lora": ROOT / "recipes" / "results" / "rule_default_lora.json",
+    "pretrained": ROOT / "recipes" / "results" / "pretrained.json",
+    "rule-step": ROOT / "benchmarks" / "results" / "rule_step.json",
     "meta-cost": ROOT / "benchmarks" / "results" / "meta_training.json",
     "meta-processes": ROOT / "benchmarks" / "results" / "meta_processes.json",
     "resnet8": ROOT / "recipes" / "results" / "resnet8_cifar.json",
@@ -139,6 +141,37 @@ def rule(result: dict) -> str:  # type: ignore[type-arg]
     return "\n".join(lines)
 
 
+def pretrained(result: dict) -> str:  # type: ignore[type-arg]
+    """Each arm over all cells, then the ratios of each cell."""
+    cells, overall = result["cells"], result["summary"]["all"]
+    arms = sorted(overall, key=lambda arm: overall[arm]["geometric_mean"] or float("inf"))
+    lengths = [group for group in result["summary"] if group != "all"]
+    number = lambda value: "diverged" if value is None else f"{value:.3g}"  # noqa: E731
+    heads = ["arm", "over all", *lengths, "worst", "mean share of the steps", "place among the untuned"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for arm in arms:
+        entry = overall[arm]
+        shares = [cell["share_of_steps"][arm] for cell in cells.values()]
+        there = [share for share in shares if share is not None]
+        share = f"{sum(there) / len(there):.2f}" if there else ""
+        share += f" (in {len(there)} of {len(shares)})" if len(there) < len(shares) else ""
+        means = [number(result["summary"][group][arm]["geometric_mean"]) for group in lengths]
+        rank = f"{entry['rank']:.1f}" if "rank" in entry else "tuned"
+        where = f"{number(entry['worst'][1])}: {entry['worst'][0]}"
+        lines.append(f"| {' | '.join([arm, number(entry['geometric_mean']), *means, where, share, rank])} |")
+    lines += ["", "| task, steps | loss of adamw (rate) | " + " | ".join(a for a in arms if a != "adamw") + " |"]
+    lines.append("|---" * (len(arms) + 1) + "|")
+    for name, cell in cells.items():
+        tuned = cell["runs"]["adamw"]
+        ratios = [number(cell["ratio"][arm]) for arm in arms if arm != "adamw"]
+        lines.append(
+            f"| {name} | {tuned['final_eval_loss']:.4g} ({tuned['learning_rate']:g}) | {' | '.join(ratios)} |"
+        )
+    recipe = result["recipe"]
+    lines += ["", f"{recipe['seeds']} seeds. {made_at(result)}."]
+    return "\n".join(lines)
+
+
 def meta_cost(result: dict) -> str:  # type: ignore[type-arg]
     lines = ["| | ratio |", "|---|---|"]
     lines += [f"| {row['name']} | {row['ratio']:.2f} |" for row in result["rows"] if row.get("ratio") is not None]
@@ -212,6 +245,8 @@ MAKE = {
     "average-cost": step_cost,
     "rule-default": rule,
     "rule-default-lora": rule,
+    "pretrained": pretrained,
+    "rule-step": step_cost,
     "meta-cost": meta_cost,
     "meta-processes": meta_processes,
 }

@@ -22,6 +22,7 @@ from ..subspace import Basis
 from .task import InnerRun
 
 Carry = dict[str, torch.Tensor]
+_WORST = 1e30  # the largest loss, which fp32 can still average
 
 
 class Window(NamedTuple):
@@ -180,8 +181,9 @@ def unroll(
 
 def level(losses: torch.Tensor) -> torch.Tensor:
     """A running mean of (T,) losses that one noisy batch hardly moves, (T,); for logarithms of losses."""
-    mean, means = losses[0].abs(), []
-    for step, loss in enumerate(losses.abs()):
+    losses = losses.abs().nan_to_num(nan=_WORST, posinf=_WORST).clamp_max(_WORST)  # NaN is no better than Inf
+    mean, means = losses[0], []
+    for step, loss in enumerate(losses):
         mean = torch.lerp(mean, loss, max(1 / (step + 1), 0.1))
         means.append(mean)
     return torch.stack(means).clamp_min(1e-12)

@@ -238,8 +238,7 @@ def train_on(
         schedule (`str`, *optional*, defaults to `"constant"`): `"constant"` or `"linear"` (to zero at the last step).
         evaluate_at (`Collection[int]`, *optional*): Steps after which the held-out loss is taken; 0: before training.
         metric (`Callable`, *optional*): Also taken there, such as an accuracy.
-        average (`float`, *optional*, defaults to 0.0): eta of the running average of the coefficients at which the
-            loss is taken, as [`SubspaceOptimizer`] keeps it; 0: none.
+        average (`float`, *optional*, defaults to 0.0): eta of the running average at which the loss is taken; 0: none.
         device, autocast (*optional*): As for [`InnerRun`].
 
     Raises:
@@ -271,13 +270,11 @@ def train_on(
     inner = optimizer(list(parts))
     _go_to(inner, "train")
     base = [float(group["lr"]) for group in inner.param_groups]
-    losses, evals, spent = [], [], 0.0
-    mean = c.clone()
+    losses, evals, spent, mean = [], [], 0.0, c.clone()
 
     def take(step: int) -> None:
         if step in evaluate_at:
-            away = mean - c if average else _away(inner, c)
-            evals.append([step, *_evaluated(run, away, metric)])
+            evals.append([step, *_evaluated(run, mean - c if average else _away(inner, c), metric)])
 
     take(0)
     for step in range(steps):
@@ -306,7 +303,7 @@ def _check_steps(task: Task, steps: int, evaluate_at: Collection[int]) -> None:
 
 
 def _coefficients(run: InnerRun) -> tuple[torch.Tensor, list[nn.Parameter]]:
-    """Zeros of shape `(d,)`, or all weights if they are the coordinates; and an optimizer's parameters, views of it."""
+    """Zeros of shape `(d,)`, or the weights where they are the coordinates; and views of it, for an optimizer."""
     weights = run.weights()
     if weights is None:
         c = torch.zeros(run.basis.dim, device=run.device, dtype=run.basis.compute_dtype)

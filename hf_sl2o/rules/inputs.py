@@ -117,7 +117,7 @@ def tensor_facts(
     The columns: s, the square root of the mean of v^ with this step in it; the step; log of (rms of g / s); and for
     each of the j momenta its cosine with g, and its rms over s: 1 while gradients agree, small in noise; last the
     cosine of g with the way from the start to here, and the logarithm of the root mean square of that way. A tensor
-    whose gradient is zero has zeros.
+    whose gradient is zero has s, and zeros.
 
     Args:
         g, exp_avg_sq (`torch.Tensor` of shape `(N,)`): The gradient; v of the step before.
@@ -150,5 +150,6 @@ def tensor_facts(
     if moved is not None:
         cosine, way = beside(moved)
         columns += [cosine, way.clamp_min(tiny).log()]
-    facts = torch.stack(columns, dim=-1)
-    return torch.where((norms > 0)[:, None], facts, facts.new_zeros(()))
+    measured = ((norms > 0) & (s > 0))[:, None]  # s may be too small for fp32
+    facts = torch.where(measured, torch.stack(columns[1:], dim=-1), s.new_zeros(()))
+    return torch.cat([s[:, None], facts], dim=-1)

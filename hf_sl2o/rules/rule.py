@@ -138,7 +138,11 @@ class Rule(nn.Module, HubFiles):
         )
         weights = [zeros(n)] if weights is None else weights
         kept = self._of_tensors(weights, rate).to(device=device, dtype=dtype)
-        return RuleState(zeros(), zeros(n), zeros(n), hidden, cell, momenta, kept)
+        return RuleState(zeros(), zeros(n), zeros(n), hidden, cell, momenta.to(self._momenta_dtype(dtype)), kept)
+
+    def _momenta_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In which further momenta are kept between steps."""
+        return dtype
 
     def _of_tensors(self, weights: Sequence[torch.Tensor], rate: float | torch.Tensor) -> torch.Tensor:
         """What is kept of each of k tensors before the first step, (k, s)."""
@@ -252,7 +256,7 @@ class Rule(nn.Module, HubFiles):
         tensors = state.tensors
         if of_tensor is None:
             of_tensor, tensors = self.tensor_step(self.tensor_inputs(g, state, betas=betas), tensors, rate)
-        momenta = state.momenta
+        momenta = state.momenta.to(g.dtype)
         with torch.autocast(g.device.type, enabled=False):
             v = torch.lerp(g * g, state.exp_avg_sq, beta2)  # (N,)
             exponent = step + config.bias_correction_offset

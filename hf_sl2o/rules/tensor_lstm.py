@@ -42,7 +42,7 @@ class TensorLSTMRule(Rule):
 
     ```python
     >>> import torch
-    >>> from hf_sl2o import RuleConfig, TensorLSTMRule
+    >>> from hf_sl2o.rules import RuleConfig, TensorLSTMRule
     >>> rule = TensorLSTMRule(RuleConfig(per_tensor=8, momenta=[0.99]))
     >>> delta, state = rule(torch.ones(40), rule.init_state(40))
     >>> delta.shape, int(state.step)
@@ -75,6 +75,10 @@ class TensorLSTMRule(Rule):
     def _state_shape(self) -> tuple[int, int]:
         return 0, 0
 
+    def _momenta_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        # What is added to a slow momentum is far above a bf16 unit of it. The way from the start is not so.
+        return torch.bfloat16 if dtype == torch.float32 and not self.config.distance else dtype
+
     def _of_tensors(self, weights: Sequence[torch.Tensor], rate: float | torch.Tensor) -> torch.Tensor:
         rows = []
         for w in weights:
@@ -103,8 +107,9 @@ class TensorLSTMRule(Rule):
     ) -> torch.Tensor:
         config = self.config
         beta1, beta2 = (config.beta1, config.beta2) if betas is None else betas
-        averages = [(state.exp_avg, beta1), *zip(state.momenta.unbind(-1), config.momenta, strict=False)]
-        moved = state.momenta[:, -1] if config.distance else None
+        momenta = state.momenta.to(g.dtype).unbind(-1)
+        averages = [(state.exp_avg, beta1), *zip(momenta, config.momenta, strict=False)]
+        moved = momenta[-1] if config.distance else None
         sizes = (g.numel(),) if sizes is None else tuple(sizes)
         step = state.step + 1 + config.bias_correction_offset
         return tensor_facts(g, averages, state.exp_avg_sq, step, sizes, beta2=beta2, moved=moved)
@@ -112,13 +117,19 @@ class TensorLSTMRule(Rule):
     def tensor_step(
         self, inputs: torch.Tensor, tensors: torch.Tensor, rate: float | torch.Tensor = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast(inputs.device.type, enabled=False):
+            return self._tensor_step(inputs, tensors, rate)
+
+    def _tensor_step(
+        self, inputs: torch.Tensor, tensors: torch.Tensor, rate: float | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         h = self.config.per_tensor
         s, step, facts = inputs[:, :1], inputs[:, 1:2], inputs[:, 2:]
         length, size, base, kind, hidden, cell = tensors.split([1, 1, 1, _KINDS, h, h], dim=-1)
         if self.config.distance:  # in steps of this length, and as a random walk goes
             way = inputs[:, -1:] - (length + size + kind @ self.guess[:, None]).detach() - step.clamp_min(1).log() / 2
             facts = torch.cat([facts[:, :-1], way.clamp(-4, 4) / 2], dim=-1)
-        moves = (s > 0).to(s.dtype)  # (k, 1)
+        moves = (step > 0).to(s.dtype)  # (k, 1)
         mean = (facts * moves).sum(dim=0, keepdim=True) / moves.sum().clamp_min(1.0)  # (1, c)
         time = torch.cat([torch.exp(-step / steps) for steps in (4.0, 30.0, 200.0)], dim=-1)
         share = _share(base, rate)
@@ -137,7 +148,8 @@ class TensorLSTMRule(Rule):
         return True
 
     def lengths(self, tensors: torch.Tensor, rate: float | torch.Tensor) -> torch.Tensor:
-        steps = torch.exp(tensors[:, 0] + tensors[:, 1] + tensors[:, 3:_KEPT] @ self.guess)  # (k,)
+        guess = (tensors[:, 3:_KEPT] * self.guess).sum(dim=-1)  # (k,)
+        steps = torch.exp(tensors[:, 0] + tensors[:, 1] + guess)  # (k,)
         return _share(tensors[:, 2], rate) * steps
 
     def _output(

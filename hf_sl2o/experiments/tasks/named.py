@@ -31,8 +31,9 @@ from . import problems
 from .pretrained import PRETRAINED, check_package
 from .problem import Problem
 from .problems import check_data
+from .recorded import SNAPSHOTS, place_of, recorded_task
 
-SNAPSHOTS = 60  # the paper's number
+RECORDED = "-pca"  # after a name: in the subspace of a recorded run
 #: All problems by name.
 PROBLEMS = ChainMap(PRETRAINED, problems.PROBLEMS)
 
@@ -111,7 +112,11 @@ def recorded_in(name: str, problem: Problem, data: str, folder: Path, dim: int) 
 
 
 def full_space_loss(name: str, data: str, folder: Path, dim: int = 40) -> float:
-    """Held-out loss at the end of the run that was recorded for `subspace_task`."""
+    """Held-out loss at the end of the run that was recorded for a task in its subspace."""
+    if name.endswith(RECORDED):
+        task = name.removesuffix(RECORDED)
+        where = place_of(named_task(task, data, folder).name, rate_of(task), folder)
+        return float(read_object(where / "done.json", "full_space_loss")["full_space_loss"])
     name = parse_task(name, plain=True)[0]
     where = recorded_in(name, PROBLEMS[name](data), data, folder, dim)
     return float(read_object(where / "done.json", "full_space_loss")["full_space_loss"])
@@ -188,8 +193,12 @@ def named_task(name: str, data: str, folder: Path) -> Task:
     """Returns the task of a name.
 
     "digits-mlp"; "digits-mlp-lora4": LoRA, rank 4; "digits-mlp-lora4x16": LoRA, rank 4, alpha 16 times that (else
-    twice); "digits-mlp-full": all weights; each may end in @ROWS, such as "digits-mlp@8": smaller batches.
+    twice); "digits-mlp-full": all weights; each may end in @ROWS, such as "digits-mlp@8": smaller batches. After LoRA
+    or all weights may stand "-pca": in the subspace of a recorded run.
     """
+    if name.endswith(RECORDED):
+        task = name.removesuffix(RECORDED)
+        return recorded_task(named_task(task, data, folder), rate_of(task), folder)
     problem, rank, scaling, rows = parse_task(name)
     at_rows = f"@{rows}" if rows else ""
     if rank == "full":
@@ -197,6 +206,11 @@ def named_task(name: str, data: str, folder: Path) -> Task:
     if not rank:
         return subspace_task(problem + at_rows, data, folder)
     return lora_task(problem + at_rows, data, folder, int(rank), float(scaling or 2))
+
+
+def rate_of(name: str) -> float:
+    """AdamW's, of the run that is recorded: of LoRA factors, or of all weights of a network that is there."""
+    return 3e-4 if parse_task(name)[1] == "full" else 3e-3
 
 
 def parse_task(name: str, *, plain: bool = False) -> tuple[str, str, str, str]:
@@ -222,8 +236,12 @@ def check_tasks(
     names: Iterable[str], data: str, *, plain: bool = False, lora: bool = False, flag: str = "tasks"
 ) -> None:
     """Raises before anything is trained where there is no such task, or no data for it; `lora`: all are adapted."""
+    names = list(names)
     try:
-        parsed = [parse_task(name, plain=plain) for name in names]
+        parsed = [parse_task(name.removesuffix(RECORDED), plain=plain and RECORDED not in name) for name in names]
+        for name, (_, rank, *_) in zip(names, parsed, strict=True):
+            if RECORDED in name and (not rank or not plain):
+                raise ValueError(f"{name!r} is in a subspace of LoRA factors or all weights: -pca stands after these")
     except ValueError as error:
         raise ValueError(f"--{flag}: {error}") from error
     for problem, rank, *_ in parsed:

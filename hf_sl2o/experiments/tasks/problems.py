@@ -263,7 +263,7 @@ PROBLEMS: dict[str, Callable[[str], Problem]] = {
     "code-llama": code_llama,
     "cifar-resnet8": cifar(with_batch_statistics(resnet8), 1e-2, 1200),
     "cifar-resnet20": cifar(with_batch_statistics(resnet20), 1e-2, 1200),
-    **{  # the same network in two widths, for recipes/studies/width.py
+    **{  # the same network in two widths
         f"cifar-vit-of-{width}": cifar(
             functools.partial(small_vit, width=width, patch=8), 1e-3, 600, r".*(query|value|q_proj|v_proj)"
         )
