@@ -81,6 +81,23 @@ def test_a_rule_says_what_it_said(name, tmp_path):
             Rule.from_pretrained(folder)
 
 
+def test_a_rule_whose_steps_depended_on_width_is_refused(tmp_path):
+    """One that did not make that choice has saved it as 0, and loads."""
+    source = json.loads((FILES / "rules" / "options" / "config.json").read_text())
+    assert source["rule"]["base_width"] == 0
+    rule = Rule.from_pretrained(FILES / "rules" / "options")
+    folder = copy_of("rules/options", tmp_path)
+    for width in (2, 64, -1, "64", None, [64]):
+        edit_json(folder / "config.json", lambda data, width=width: data["rule"].update(base_width=width))
+        with pytest.raises(ValueError, match="has base_width .*, which this version does not know.* Set it to 0"):
+            Rule.from_pretrained(folder)
+    edit_json(folder / "config.json", lambda data: data["rule"].pop("base_width"))
+    assert Rule.from_pretrained(folder).fingerprint == rule.fingerprint
+    rule.save_pretrained(tmp_path / "again")
+    assert "base_width" not in json.loads((tmp_path / "again" / "config.json").read_text())["rule"]
+    assert Rule.from_pretrained(tmp_path / "again").fingerprint == rule.fingerprint
+
+
 # Bases and trajectories
 
 

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, OFTConfig, get_peft_model
 from transformers import (
     ResNetConfig,
     ResNetForImageClassification,
@@ -17,7 +16,6 @@ from transformers import (
 
 from hf_sl2o import (
     BatchNormCallback,
-    LearnedOptimizer,
     LSTMRule,
     RuleConfig,
     SL2OTrainer,
@@ -100,36 +98,6 @@ def test_a_resumed_run_says_that_it_keeps_its_rate(tmp_path, caplog):
         Trainer(tiny_gpt2(), args, train_dataset=Tokens()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
         said = [r for r in caplog.records if "which it keeps" in r.getMessage()]
         assert len(said) == told, [r.getMessage() for r in caplog.records]
-
-
-# Widths
-
-
-def test_rotation_blocks_are_not_taken_for_matrices_of_the_network():
-    rule = LSTMRule(RuleConfig(base_width=64))
-    targets = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
-    factors = {}
-    for name, config in (
-        ("lora", LoraConfig(r=4, **targets)),
-        ("oft", OFTConfig(oft_block_size=32, use_cayley_neumann=False, target_modules=["c_fc"])),
-    ):
-        model = tiny_gpt2()
-        model = get_peft_model(_wide(), config) if name == "oft" else get_peft_model(model, config)
-        shapes = {tuple(p.shape) for p in model.parameters() if p.requires_grad}
-        factors[name] = LearnedOptimizer(model, rule).step_factor, shapes
-    assert any(496 in shape for shape in factors["oft"][1])  # 32 * 31 / 2: a triangle, not a width
-    assert factors["oft"][0] == 1.0
-    model = torch.nn.Linear(256, 4, bias=False)
-    assert LearnedOptimizer(model, rule).step_factor == 0.25  # the break: a true matrix
-
-
-def _wide():
-    class Wide(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.c_fc = torch.nn.Linear(64, 64)
-
-    return Wide()
 
 
 # What changes a result

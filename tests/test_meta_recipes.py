@@ -18,7 +18,6 @@ from recipes.studies import estimators as study_estimators
 from recipes.studies import inputs as study_inputs
 from recipes.studies import transfer as study_transfer
 from recipes.studies import unroll as study_unroll
-from recipes.studies import width as study_width
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
@@ -56,7 +55,8 @@ def test_a_rule_is_made_and_judged(rule, short, plans, tmp_path, capsys):
     # A stage begins with the best rule of the one before: the same held-out losses.
     for before, after in itertools.pairwise(made["stages"]):
         best = min(before["validation"], key=lambda entry: entry["score"])
-        assert after["validation"][0]["validation"] == best["validation"] != before["validation"][0]["validation"]
+        assert after["validation"][0]["validation"] == best["validation"]
+        assert any(entry["validation"] != best["validation"] for entry in before["validation"])
     known = json.loads((tmp_path / "rule" / "provenance.json").read_text())
     assert known["command"].startswith("python recipes/meta_train.py --rule") and known["tasks"] == made["tasks"]
     assert str(tmp_path) not in json.dumps(known)
@@ -205,23 +205,6 @@ def test_names_of_tasks(short, tmp_path):
     ):
         with pytest.raises(ValueError, match=f"there is no task '{wrong}', expected one of quadratic, teacher"):
             meta_tasks.named_task(wrong, "embedded", tmp_path)
-
-
-def test_study_of_widths(short, monkeypatch, tmp_path):
-    """The gains are those of the rule without its own factor, or they would be multiplied twice."""
-    monkeypatch.setattr(study_width, "TASKS", {48: "digits-mlp"})
-    shipped = Rule.from_pretrained(study_width.SHIPPED_RULES / "default-lora")
-    plain = study_width.without_width(shipped)
-    wide = [(16, 192), (192, 16)]
-    assert shipped.config.step_factor(wide) == 1 / 3 and plain.config.step_factor(wide) == 1
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), shipped.parameters(), strict=True))
-    words = ["--widths", "48", "--steps", "10", "--seeds", "1", "--rank", "2", "--output_dir", str(tmp_path / "runs")]
-    words += ["--tasks_dir", str(tmp_path / "tasks"), "--json", str(tmp_path / "w.json")]
-    found = study_width.main(words)["tasks"]["48"]
-    assert found["step_factor"] == 1.0 and found["runs"]["sl2o"]["learning_rate"] >= 1.0  # ten steps: long ones
-    ends = dict((lr, curve[-1][1]) for lr, curve in found["runs"]["sl2o"]["grid"])
-    assert ends[0.1] > ends[1.0]
-    assert (tmp_path / "w.png").stat().st_size > 5000
 
 
 def test_transfer_is_summed_up_by_geometric_means_over_the_columns():

@@ -30,7 +30,7 @@ def test_a_rule_moves_a_coordinate_only_after_a_gradient(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_steps_in_place_and_steps_of_several_tensors_move_it_as_little(name):
     rule = rules()[name]
-    state = rule.init_state(12)
+    state = rule.init_state(12, weights=[torch.zeros(4), torch.zeros(3, 2), torch.zeros(2)])
     for _ in range(4):
         g = torch.cat([torch.zeros(4), 1e-2 * torch.randn(5), torch.zeros(3)])
         delta = rule.update_(g.clone(), state, sizes=(4, 6, 2), total_steps=4)
@@ -40,7 +40,8 @@ def test_steps_in_place_and_steps_of_several_tensors_move_it_as_little(name):
 @pytest.mark.parametrize("scale", [1e3, 1.0, 1e-3])
 def test_the_guard_leaves_ordinary_gradients_as_they_are(scale):
     """Beside the definition: the network's output itself, at gradients far from eps and from rounding."""
-    rule = load_rule("default-lora", with_basis=False)
+    torch.manual_seed(3)
+    rule = LSTMRule(RuleConfig(output_scale=0.01, log_sign=10.0, tensor_scale=True))
     state = rule.init_state(50)
     generator = torch.Generator().manual_seed(0)
     for _ in range(5):
@@ -52,7 +53,8 @@ def test_the_guard_leaves_ordinary_gradients_as_they_are(scale):
         inputs = torch.stack([m_hat / (v_hat.sqrt() + 1e-8), g / (v_hat.sqrt() + 1e-8), m_hat / s, g / s], dim=-1)
         logs = (inputs.abs().log() / 10).clamp_min(-1)
         signs = (inputs * torch.exp(torch.tensor(10.0))).clamp(-1, 1)
-        output, *_ = rule._output(torch.stack([logs, signs], dim=-1).flatten(-2), state.hidden, state.cell)
+        columns = torch.stack([logs, signs], dim=-1).flatten(-2)
+        output, *_ = rule._output(columns, state.hidden, state.cell, s.expand(1, 2))
         delta, state = rule(g, state)
         torch.testing.assert_close(delta, 0.01 * output, rtol=1e-4, atol=1e-7)
 
@@ -61,7 +63,7 @@ def test_old_files_have_the_guard_too(tmp_path):
     rule = LSTMRule(RuleConfig())
     rule.save_pretrained(tmp_path / "rule")
     config = json.loads((tmp_path / "rule" / "config.json").read_text())
-    later = ("momenta", "progress", "tensor_scale", "agreement", "base_width", "average")
+    later = ("momenta", "progress", "tensor_scale", "agreement", "average", "per_tensor", "distance")
     kept = {key: value for key, value in config["rule"].items() if key not in later}
     save_file({name: tensor.contiguous() for name, tensor in rule.state_dict().items()}, tmp_path / "plain")
     (tmp_path / "plain").replace(tmp_path / "rule" / "model.safetensors")

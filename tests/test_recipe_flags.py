@@ -23,7 +23,7 @@ from recipes import gpt2_e2e
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ("gpt2_e2e", "resnet_cifar", "vit_cifar", "vit_imagenet")
-STUDIES = ("average", "estimators", "inputs", "transfer", "unroll", "width")
+STUDIES = ("average", "estimators", "inputs", "transfer", "unroll")
 SCRIPTS = ("evaluate_rules", "pretrain_base", "figures", *(f"studies.{name}" for name in STUDIES))
 TIMERS = ("gpu", "gpu_vision", "import_time", "meta_processes", "meta_training", "readme_example", "step_cost",
           "vision_overhead")  # fmt: skip
@@ -192,7 +192,6 @@ def test_what_a_recipe_loads(name, words, message):
         ("studies.unroll", ["--task", "nonsense"], "--task: there is no task 'nonsense'"),
         ("studies.unroll", ["--unroll_lengths", "5", "1"], "--unroll_lengths is 1"),
         ("studies.unroll", ["--inner_steps", "5"], "--inner_steps has 5, expected at least the unroll length"),
-        ("studies.width", ["--data", "nowhere"], "--data is 'nowhere'"),
         ("figures", ["nowhere.json"], "there is no file nowhere.json"),
         ("gpu", ["--smoke", "--data", "empty"], "looked for empty/train.csv"),
         ("gpu_vision", ["--data", "nowhere"], "looked for nowhere/train.parquet"),

@@ -120,14 +120,14 @@ def test_all_of_them_train(kind, folder, said):
         Trainer(model, arguments(kind, "sl2o", folder, max_steps=20, **given), train_dataset=ROWS).train()
         losses[name] = loss_of(model)
     assert losses["own"] == losses["adam's"] == losses["none"] < 0.9 * loss_of(Net())
-    # what it would be if it were taken literally
+    # what it would be if it were taken literally, by a rule that does not find its own scale
     model = Net()
-    optimizer = LearnedOptimizer(model.parameters(), load_rule(None, with_basis=False), lr=2e-5)
+    optimizer = LearnedOptimizer(model.parameters(), load_rule("paper-cnn", with_basis=False), lr=2e-5)
     for _ in range(20):
         optimizer.zero_grad()
         model(X, torch.sin(2 * X[:, :4]))["loss"].backward()
         optimizer.step()
-    assert loss_of(model) > 0.999 * loss_of(Net())
+    assert loss_of(model) > 0.99 * loss_of(Net())
 
 
 @pytest.mark.parametrize("optim", NAMES)

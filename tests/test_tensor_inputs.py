@@ -30,12 +30,12 @@ from hf_sl2o.meta.task import InnerRun
 
 def small_rule(**changes):
     torch.manual_seed(1)
-    both = {"tensor_scale": True, "agreement": True, "base_width": 2}
+    both = {"tensor_scale": True, "agreement": True}
     return LSTMRule(RuleConfig(**{"output_scale": 0.1, "hidden_size": 3, **both, **changes}))
 
 
 def plain_rule():
-    return small_rule(tensor_scale=False, agreement=False, base_width=0)
+    return small_rule(tensor_scale=False, agreement=False)
 
 
 def build():
@@ -177,7 +177,7 @@ def test_files_and_older_files(tmp_path):
     plain = plain_rule()
     plain.save_pretrained(tmp_path / "plain")
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
-    for name in ("tensor_scale", "agreement", "base_width"):
+    for name in ("tensor_scale", "agreement"):
         del config["rule"][name]
     (tmp_path / "plain" / "config.json").write_text(json.dumps(config))
     assert Rule.from_pretrained(tmp_path / "plain").fingerprint == plain.fingerprint != rule.fingerprint
@@ -250,33 +250,6 @@ def test_second_order_equals_finite_differences_and_all_estimators_see_the_same_
         np.testing.assert_allclose(exact.gradients[0][index].item(), numeric, rtol=1e-4)
 
 
-def test_steps_over_wide_matrices():
-    config = RuleConfig(base_width=64)
-    factors = [(4, 256), (256, 4), (4, 256), (1024, 4), (256,)]  # one wider matrix, and a vector: no say
-    assert config.step_factor(factors) == 64 / 256
-    assert config.step_factor([(4, 32), (32, 4)]) == 1.0  # narrower: not longer steps
-    assert config.step_factor([(40,)]) == 1.0 and RuleConfig().step_factor(factors) == 1.0
-    with pytest.raises(ValueError, match="base_width is -1"):
-        RuleConfig(base_width=-1)
-
-    def moved(base_width, lr=1.0, **options):
-        a, b = (torch.zeros(shape, requires_grad=True) for shape in ((4, 256), (256, 4)))
-        optimizer = LearnedOptimizer([a], small_rule(base_width=base_width), lr=lr, **options)
-        if base_width:
-            assert optimizer.step_factor == base_width / 256
-        optimizer.add_param_group({"params": [b]})
-        for p in (a, b):
-            p.grad = torch.arange(1.0, 1025.0).view_as(p)
-        optimizer.step()
-        return torch.cat([a.detach().flatten(), b.detach().flatten()])
-
-    expected = moved(0, lr=0.25)
-    assert expected.abs().max() > 1e-3
-    torch.testing.assert_close(moved(64), expected, rtol=1e-6, atol=0)
-    assert torch.equal(moved(64, foreach=False), moved(0, lr=0.25, foreach=False))
-    assert not torch.allclose(moved(32), expected, rtol=1e-2)  # the break
-
-
 def test_meta_training_takes_the_steps_that_the_optimizer_takes():
     def of_episode(rule):
         episode = Episode(0, task(), FirstOrder(), seed=0, steps=4, random_scaling=0.0, device=torch.device("cpu"),
@@ -295,7 +268,7 @@ def test_meta_training_takes_the_steps_that_the_optimizer_takes():
 
     rule = small_rule()
     torch.testing.assert_close(of_episode(rule), of_optimizer(rule), rtol=1e-4, atol=1e-6)
-    plain = small_rule(base_width=0)
+    plain = plain_rule()
     assert (of_episode(plain) - of_optimizer(rule)).abs().max() > 1e-3  # the break
 
 

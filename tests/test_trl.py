@@ -71,7 +71,7 @@ def test_default_arguments_train_as_the_own_rate_does(kind, tmp_path, caplog):
     assert "takes its own step size, 1" in caplog.text
     assert unmodified == train(kind, tmp_path / "b", learning_rate=1.0)
     assert unmodified[-1] < 0.85 * unmodified[0]
-    # the break: that rate taken literally moves nothing
-    rule = hf_sl2o.training.build.load_rule(None, with_basis=False)
+    # the break: that rate taken literally moves nothing, if the rule does not find its own scale
+    rule = hf_sl2o.training.build.load_rule("paper-cnn", with_basis=False)
     still = train(kind, tmp_path / "c", lambda model: hf_sl2o.LearnedOptimizer(model, rule, lr=default))
-    assert still[-1] > 0.97 * still[0]
+    assert still[-1] > 0.95 * still[0]

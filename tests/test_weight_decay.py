@@ -5,11 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
-from hf_sl2o import (
-    SL2OTrainer,
-    SL2OTrainingArguments,
-    build_optimizer,
-)
+from hf_sl2o import LSTMRule, RuleConfig, SL2OTrainer, SL2OTrainingArguments, build_optimizer
 from hf_sl2o.rules import load_rule
 from hf_sl2o.training.callbacks import unwrap_optimizer
 
@@ -36,12 +32,14 @@ def decayed(model, weight_decay, steps=3, lr=0.5, rule=None):
 
 @pytest.mark.parametrize("weight_decay", [0.01, 0.5])
 def test_weight_decay_is_decoupled(weight_decay):
-    """By hand: theta (1 - lr factor scale decay), then the same step as without."""
+    """By hand: theta (1 - lr scale decay), then the same step as without."""
     model, plain = Net(), Net()
-    decayed(plain, 0.0, steps=1)
-    optimizer = decayed(model, weight_decay, steps=1)
+    torch.manual_seed(2)
+    rule = LSTMRule(RuleConfig(output_scale=0.01, tensor_scale=True))
+    decayed(plain, 0.0, steps=1, rule=rule)
+    decayed(model, weight_decay, steps=1, rule=rule)
     start = dict(Net().named_parameters())
-    shrink = 1 - 0.5 * optimizer.step_factor * 0.01 * weight_decay
+    shrink = 1 - 0.5 * 0.01 * weight_decay
     for (name, p), without in zip(model.named_parameters(), plain.parameters(), strict=True):
         expected = without.detach() - (1 - shrink) * start[name].detach() * (p.ndim > 1)
         torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-7)
@@ -60,6 +58,10 @@ def test_only_what_has_a_gradient_decays_and_only_at_a_rate():
 
 @pytest.mark.parametrize("kind", [TrainingArguments, SL2OTrainingArguments])
 def test_weight_decay_of_a_trainer_reaches_lora(kind, folder):
+    """The rule that ships sets the length of each tensor's steps; a weight shrinks by that times weight_decay."""
+    rule = load_rule("default-lora", with_basis=False)
+    guess = rule.guess.detach()
+
     def lora(weight_decay):
         model = get_peft_model(Net(), LoraConfig(r=2, target_modules=["a"]))
         with torch.no_grad():
@@ -73,14 +75,17 @@ def test_weight_decay_of_a_trainer_reaches_lora(kind, folder):
         start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
         trainer = Trainer(model, args, train_dataset=ROWS)
         trainer.train()
-        factor = unwrap_optimizer(trainer.optimizer).step_factor
-        return start, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, factor
+        state = unwrap_optimizer(trainer.optimizer).state
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        rows = {n: state[p]["tensors"][0] for n, p in named.items()}
+        lengths = {n: float(torch.exp(row[0] + row[1] + row[3:6] @ guess)) for n, row in rows.items()}
+        return start, {n: p.detach() for n, p in named.items()}, lengths
 
-    start, without, factor = lora(0.0)
+    start, without, lengths = lora(0.0)
     _, moved, _ = lora(0.1)
-    assert len(start) == 2
+    assert len(start) == len(set(lengths.values())) == 2
     for name, old in start.items():
-        torch.testing.assert_close(moved[name], without[name] - factor * 0.01 * 0.1 * old, rtol=0, atol=1e-7)
+        torch.testing.assert_close(moved[name], without[name] - lengths[name] * 0.1 * old, rtol=0, atol=1e-7)
         assert not torch.equal(moved[name], without[name])
 
 

@@ -53,9 +53,13 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, stamp: dict[str, Any], added_later: Mapping[str, Mapping[str, Any]] | None = None
+        self,
+        folder: Path,
+        stamp: dict[str, Any],
+        added_later: Mapping[str, Mapping[str, Any]] | None = None,
+        gone: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
-        self.folder, self.stamp, self.added_later = folder, stamp, added_later or {}
+        self.folder, self.stamp, self.added_later, self.gone = folder, stamp, added_later or {}, gone or {}
 
     def write(self, step: int, part: str, tensors: Mapping[str, torch.Tensor], **metadata: str) -> None:
         """Writes one part of the checkpoint at `step`; each process writes its own."""
@@ -101,6 +105,8 @@ class Checkpoints:
             found = manifest["stamp"].get(part)
             if isinstance(found, dict):
                 later = self.added_later.get(part, {})
+                gone = self.gone.get(part, {})
+                found = {key: value for key, value in found.items() if gone.get(key, ...) != value}
                 found = {**{key: value for key, value in later.items() if key in expected}, **found}
             if found != expected:
                 raise ValueError(

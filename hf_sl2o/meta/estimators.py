@@ -16,13 +16,12 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from ..rules.inputs import tensor_index
 from ..rules.rule import Rule, RuleState
 from ..subspace import Basis
 from .task import InnerRun
+from .unrolled import Stepped, factor, level, stepped, unroll
 
 Carry = dict[str, torch.Tensor]
-_WORST = 1e30  # the largest loss, which fp32 can still average
 
 
 class Window(NamedTuple):
@@ -90,139 +89,6 @@ def _unpack(carry: Carry, head: str = "") -> tuple[torch.Tensor, RuleState]:
     c = carry[f"{head}c"]
     kept = {name: carry[f"{head}{name}"] for name in RuleState._fields if f"{head}{name}" in carry}
     return c, RuleState(**{"tensors": c.new_zeros(1, 0), **kept})
-
-
-def unroll(
-    rule: Rule,
-    run: InnerRun,
-    c: torch.Tensor,
-    state: RuleState,
-    *,
-    steps: int,
-    lr: float | Sequence[float] = 1.0,
-    coordinates: torch.Tensor | None = None,
-    imitation: float = 0.0,
-    imitation_lr: float = 0.1,
-    total_steps: int | None = None,
-    log: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, RuleState, torch.Tensor]:
-    """Runs `steps` inner steps with `rule`, moving the weights of `run`; the graph holds coefficients only.
-
-    With the rule's inputs detached (the second-order term is dropped, as in the official code) the gradient of
-    sum_t L(theta_0 + U c_t) equals that of sum_t <g_t, c_t>, and g_t is what `loss.backward()` gives anyway.
-
-    Args:
-        rule ([`Rule`]): The rule that is meta-trained.
-        run ([`~hf_sl2o.meta.task.InnerRun`]): A model in training.
-        c (`torch.Tensor` of shape `(d,)`): Its coefficients, detached.
-        state ([`RuleState`]): The rule's state, detached.
-        steps (`int`): T, at least 2.
-        lr (`float` or `Sequence[float]`, *optional*, defaults to 1.0): Multiplies the rule's output, at each step.
-        coordinates (`torch.Tensor` of shape `(K,)`, int64, *optional*): Back-propagate through these coordinates only,
-            scaled by d / K; the others run without a graph. An unbiased estimate if they were drawn uniformly.
-        imitation (`float`, *optional*, defaults to 0.0): Adds this times the mean over coordinates of
-            (lr delta - imitation_lr m~)^2 / 2, the distance to Adam's step (official code, `--il`, 1e-3).
-        imitation_lr (`float`, *optional*, defaults to 0.1): Adam's learning rate there.
-        total_steps (`int`, *optional*): Steps of the episode, for a rule that sees its progress.
-        log (`bool`, *optional*, defaults to `False`): Divide what each step contributes by the level of the losses
-            there: the meta-gradient of the sum of their logarithms.
-
-    Returns:
-        A scalar whose gradient is the meta-gradient; c and state after the window (with graph, unless `coordinates`
-        are given); `(steps,)` losses before each update.
-
-    Raises:
-        `ValueError`: `steps` is below 2, or imitation of a rule that has no m~.
-    """
-    if steps < 2:
-        raise ValueError(f"an unroll of {steps} steps has no meta-gradient; use at least 2")
-    if imitation and rule.config.inputs != "normalized":
-        raise ValueError(f'imitation compares with m~, which a rule with inputs "{rule.config.inputs}" does not have')
-    lrs = [float(lr)] * steps if isinstance(lr, int | float) else [float(value) for value in lr]
-    # First the run, without a graph and in place; then the rule alone is replayed on the gradients it saw, with its
-    # graph. No step leaves a tensor behind: small ones would split up the memory that the next step reuses, and the
-    # heap would grow with T.
-    whole, whole_c = RuleState(*(tensor.detach().clone() for tensor in state)), c.detach().clone()
-    seen = c.new_empty(steps, c.numel() if coordinates is None else coordinates.numel())  # (T, d), or (T, K)
-    losses = c.new_empty(steps)
-    sizes = run.basis.tensor_sizes
-    inputs = []  # of whole tensors, each (k, c)
-    for step in range(steps):
-        losses[step], g = run.gradient()
-        seen[step] = g if coordinates is None else g[coordinates]
-        inputs.append(rule.tensor_inputs(g, whole, sizes))
-        rate = lrs[step]
-        delta = rule.update_(g, whole, sizes=sizes, inputs=inputs[-1], rate=rate, total_steps=total_steps)
-        moved = delta.mul_(-_factor(rule, rate))
-        whole_c += moved
-        run.move(moved)
-    inverse_fraction = 1.0
-    if coordinates is not None:
-        inverse_fraction = c.numel() / coordinates.numel()
-        c, state = c[coordinates], state.at(coordinates)
-    positions = torch.arange(len(whole_c), device=c.device) if coordinates is None else coordinates
-    tensor = tensor_index(positions, sizes)  # (d,), or (K,)
-    surrogate = c.new_zeros(())
-    weights = 1 / level(losses) if log else torch.ones_like(losses)
-    for step, (lr_of_step, g) in enumerate(zip(lrs, seen, strict=True)):
-        surrogate = surrogate + weights[step] * torch.dot(g, c)  # g at c_t with c_t, not with c_{t+1}
-        of_tensors, kept = rule.tensor_step(inputs[step], state.tensors, lr_of_step)
-        delta, state = rule(g, state, total_steps=total_steps, of_tensor=of_tensors[tensor])
-        state = state._replace(tensors=kept)
-        lr_of_step = _factor(rule, lr_of_step)
-        c = c - lr_of_step * delta
-        if imitation:
-            adam = imitation_lr * _adam_direction(rule, state)
-            surrogate = surrogate + imitation * (lr_of_step * delta - adam).square().sum() / 2 / run.basis.dim
-    if coordinates is not None:
-        return inverse_fraction * surrogate, whole_c, whole, losses
-    return surrogate, c, state, losses
-
-
-def level(losses: torch.Tensor) -> torch.Tensor:
-    """A running mean of (T,) losses that one noisy batch hardly moves, (T,); for logarithms of losses."""
-    losses = losses.abs().nan_to_num(nan=_WORST, posinf=_WORST).clamp_max(_WORST)  # NaN is no better than Inf
-    mean, means = losses[0], []
-    for step, loss in enumerate(losses):
-        mean = torch.lerp(mean, loss, max(1 / (step + 1), 0.1))
-        means.append(mean)
-    return torch.stack(means).clamp_min(1e-12)
-
-
-def _factor(rule: Rule, lr: float) -> float:
-    """What delta is multiplied by."""
-    return 1.0 if rule.own_scale else lr
-
-
-def _stepped(
-    rule: Rule, run: InnerRun, g: torch.Tensor, state: RuleState, lr: float, total_steps: int
-) -> tuple[torch.Tensor, RuleState]:
-    """A step of the rule over the tensors of a run, with its graph: delta of shape (d,) and the next state."""
-    inputs = rule.tensor_inputs(g, state, run.basis.tensor_sizes)
-    of_tensors, kept = rule.tensor_step(inputs, state.tensors, lr)
-    index = tensor_index(torch.arange(len(g), device=g.device), run.basis.tensor_sizes)
-    delta, state = rule(g, state, total_steps=total_steps, of_tensor=of_tensors[index])
-    return delta, state._replace(tensors=kept)
-
-
-class _Stepped(nn.Module):
-    """`_stepped` as a module's forward, so that the rule's weights can be replaced."""
-
-    def __init__(self, rule: Rule) -> None:
-        super().__init__()
-        self.rule = rule
-
-    def forward(self, *of_step: Any) -> tuple[torch.Tensor, RuleState]:
-        return _stepped(self.rule, *of_step)
-
-
-def _adam_direction(rule: Rule, state: RuleState) -> torch.Tensor:
-    """m^ / (sqrt(v^) + eps) of the state after a step, detached: Adam with the rule's betas."""
-    config = rule.config
-    exponent = state.step + config.bias_correction_offset
-    m = state.exp_avg / (1 - config.beta1**exponent)
-    v = state.exp_avg_sq / (1 - config.beta2**exponent)
-    return (m / (v.sqrt() + config.eps)).detach()
 
 
 @dataclass(frozen=True)
@@ -366,8 +232,8 @@ class SecondOrder(Estimator):
                 loss = functional_call(objective, weights, (run.next_batch(),))
             gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True, materialize_grads=True)
             g = run.scaled(_Project.apply(run.basis, *gradients))
-            delta, state = _stepped(rule, run, g, state, lr, total_steps)
-            c = c - _factor(rule, lr) * delta
+            delta, state = stepped(rule, run, g, state, lr, total_steps)
+            c = c - factor(rule, lr) * delta
             losses.append(loss.detach())
             total = total + (loss / level(torch.stack(losses))[-1] if log else loss)
         run.move((c - start).detach())
@@ -433,8 +299,8 @@ class PES(Estimator):
             for lr in lrs:
                 with torch.enable_grad():
                     loss, g = run.gradient()
-                delta, state = functional_call(_Stepped(rule), weights, (run, g, state, lr, total_steps))
-                moved = -_factor(rule, lr) * delta
+                delta, state = functional_call(Stepped(rule), weights, (run, g, state, lr, total_steps))
+                moved = -factor(rule, lr) * delta
                 c = c + moved
                 run.move(moved)
                 of_run.append(loss)

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from ..foundation.files import save_json
 from ..foundation.ranks import as_json, basis_facts, check_same_on_all_ranks, optimizer_facts, rule_facts
 from ..optim import LearnedOptimizer
-from ..rules import ADDED_LATER, Rule
+from ..rules import ADDED_LATER, GONE, Rule
 from .arguments import MetaTrainingArguments
 from .checkpoints import MANIFEST, Checkpoints, check_like, check_progress, optimizer_state, under
 from .episodes import Episode
@@ -355,7 +355,7 @@ class MetaTrainer:
         tasks = [[task.name, task.basis.fingerprint] for task in self.tasks]
         stamp = {"args": args, "rule": self.rule.config.of_update(), "tasks": tasks, "estimator": repr(self.estimator)}
         later = {"rule": ADDED_LATER, "args": {k: v for k, v in vars(MetaTrainingArguments).items() if k in args}}
-        return Checkpoints(self.folder, *json.loads(json.dumps([stamp, later])))
+        return Checkpoints(self.folder, *json.loads(json.dumps([stamp, later, {"rule": dict(GONE)}])))
 
     def _save(self) -> None:
         checkpoints = self._checkpoints()

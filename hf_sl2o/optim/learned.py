@@ -97,9 +97,7 @@ class LearnedOptimizer(TwoPoints):
             raise TypeError(f"rule is a {type(rule).__name__}, expected a Rule such as LSTMRule")
         check_average(average)
         if average and differentiable:
-            raise ValueError(
-                "an average is kept in place, which autograd cannot follow; leave differentiable or it out"
-            )
+            raise ValueError("an average is kept in place, which autograd cannot follow; leave one of them out")
         params, model = parameters_of(params)
         if model is not None:
             params = [(name, p) for name, p in params if p.requires_grad]
@@ -118,8 +116,9 @@ class LearnedOptimizer(TwoPoints):
             "rule_fingerprint": rule.fingerprint,
         }
         self.rule, self.average = rule, average
-        #: Shapes of the tensors that a parameter holds, where it is several in one (coefficients of an identity).
+        #: Of a parameter that is several tensors in one: their shapes, and what they are where it is zero, (N,).
         self.tensor_shapes: list[tuple[int, ...]] | None = None
+        self.tensor_origin: torch.Tensor | None = None
         self._at_average = False
         self._reset()
         super().__init__(params, defaults)
@@ -145,8 +144,8 @@ class LearnedOptimizer(TwoPoints):
         self._from_last = False  # whether the gradients to come are of the last step's weights
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"rule": self.rule, "tensor_shapes": self.tensor_shapes, "average": self.average}
-        return {**super().__getstate__(), **own, "_at_average": self._at_average}
+        own = ("rule", "tensor_shapes", "tensor_origin", "average", "_at_average")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -242,7 +241,8 @@ class LearnedOptimizer(TwoPoints):
 
     def _fresh(self, p: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
         """The rule's state of a parameter before its first step; without what a rule keeps nothing in."""
-        flat = real(p.detach()).reshape(-1).to(options["device"])
+        flat = real(p.detach()).reshape(-1) + (0 if self.tensor_origin is None else self.tensor_origin.to(p.device))
+        flat = flat.to(options["device"])
         tensors = [part.view(shape) for part, shape in zip(flat.split(self._sizes(p)), self._shapes(p), strict=True)]
         state = self.rule.init_state(flat.numel(), weights=[t for t in tensors if t.numel()], **options)._asdict()
         if not state["tensors"].shape[1]:
@@ -363,7 +363,8 @@ class LearnedOptimizer(TwoPoints):
         if self.average:
             piece.take_changes()
         # The border: from here on everything is in the dtype of the rule (fp32), whatever the model's.
-        g = torch.cat([real(p.grad).reshape(-1).to(state.exp_avg.dtype) for p in params if p.grad is not None])  # (N,)
+        dtype = state.exp_avg_sq.dtype
+        g = torch.cat([real(p.grad).reshape(-1).to(dtype) for p in params if p.grad is not None])  # (N,)
         if group["maximize"]:
             g = -g
         options = {name: group[name] for name in ("betas", "eps", "total_steps")}
@@ -388,7 +389,7 @@ class LearnedOptimizer(TwoPoints):
         kept = {"tensors": p.new_zeros(1, 0), **self.state[p]}
         state = RuleState(**{name: kept[name] for name in RuleState._fields})
         assert p.grad is not None
-        g = p.grad.reshape(-1).to(state.exp_avg.dtype)
+        g = p.grad.reshape(-1).to(state.exp_avg_sq.dtype)
         options = {name: group[name] for name in ("betas", "eps", "total_steps")}
         delta, state = self.rule(-g if group["maximize"] else g, state, rate=group["lr"], **options)
         self.state[p].update({name: value for name, value in state._asdict().items() if name in self.state[p]})

@@ -319,6 +319,8 @@ class SubspaceOptimizer(KeepsCoefficients):
             if self._fresh:
                 warn_of_another_start(self.basis, group["params"])
             self._origin = self.basis.coordinates(group["params"]) - c.detach()
+            if isinstance(self._inner, LearnedOptimizer):
+                self._inner.tensor_origin = self._origin
         self._fresh = False
         c_before = c.detach().clone()
         c.grad = torch.where(finite, g, 0)

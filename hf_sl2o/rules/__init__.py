@@ -11,11 +11,11 @@ It may import `foundation`, and torch; no transformers.
 from .config import ADDED_LATER, RuleConfig
 from .load import SHIPPED_RULES, load_rule
 from .lstm import LSTMRule
-from .rule import Rule, RuleState
+from .rule import GONE, Rule, RuleState
 from .symbolic import SymbolicRule
 from .tensor_lstm import TensorLSTMRule
 
 __all__ = [
-    "ADDED_LATER", "SHIPPED_RULES", "LSTMRule", "Rule", "RuleConfig", "RuleState", "SymbolicRule", "TensorLSTMRule",
-    "load_rule",
+    "ADDED_LATER", "GONE", "SHIPPED_RULES", "LSTMRule", "Rule", "RuleConfig", "RuleState", "SymbolicRule",
+    "TensorLSTMRule", "load_rule",
 ]  # fmt: skip

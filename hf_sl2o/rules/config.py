@@ -129,6 +129,12 @@ class RuleConfig:
                 raise ValueError(f'{name} adds to inputs "normalized", and inputs is {self.inputs!r}')
         if self.expression is not None and self.expression not in EXPRESSIONS:
             raise ValueError(f"expression is {shown(self.expression)}, expected one of {sorted(EXPRESSIONS)}")
+        if self.per_tensor and (self.agreement or self.expression is not None):
+            raise ValueError(
+                "per_tensor is another kind of rule, which sees agreement: leave agreement and expression"
+            )
+        if self.distance and not self.per_tensor:
+            raise ValueError("distance is seen by the LSTM of a tensor, and per_tensor is 0")
 
     def _check_numbers(self) -> None:
         """Raises `ValueError` on a number of another type, NaN, Inf, or one that fp32 cannot compute with."""

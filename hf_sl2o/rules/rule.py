@@ -44,7 +44,7 @@ _CHUNK = {"cpu": 1 << 13, "cuda": 1 << 20}
 
 
 # A choice of earlier versions, as they saved it where it was not made.
-_GONE = (("base_width", 0),)
+GONE = (("base_width", 0),)
 
 
 def _without_gone(settings: dict[str, Any], where: str) -> dict[str, Any]:
@@ -53,14 +53,14 @@ def _without_gone(settings: dict[str, Any], where: str) -> dict[str, Any]:
     Raises:
         `ValueError`: one was made.
     """
-    for name, off in _GONE:
+    for name, off in GONE:
         if settings.get(name, off) != off:
             raise ValueError(
                 f"the rule in {where} has {name} {settings[name]!r}, which this version does not know: an earlier one "
                 f"multiplied its steps by {name} / width over wide matrices. Set it to {off} in config.json and give "
                 "the learning rate that width calls for, or use the rule that ships, which finds its scale by itself"
             )
-    return {name: value for name, value in settings.items() if (name, value) not in _GONE}
+    return {name: value for name, value in settings.items() if (name, value) not in GONE}
 
 
 class RuleState(NamedTuple):
@@ -138,10 +138,10 @@ class Rule(nn.Module, HubFiles):
         )
         weights = [zeros(n)] if weights is None else weights
         kept = self._of_tensors(weights, rate).to(device=device, dtype=dtype)
-        return RuleState(zeros(), zeros(n), zeros(n), hidden, cell, momenta.to(self._momenta_dtype(dtype)), kept)
+        return RuleState(zeros(), zeros(n).to(self._m_dtype(dtype)), zeros(n), hidden, cell, momenta, kept)
 
-    def _momenta_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """In which further momenta are kept between steps."""
+    def _m_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """In which m is kept between steps."""
         return dtype
 
     def _of_tensors(self, weights: Sequence[torch.Tensor], rate: float | torch.Tensor) -> torch.Tensor:
@@ -256,12 +256,12 @@ class Rule(nn.Module, HubFiles):
         tensors = state.tensors
         if of_tensor is None:
             of_tensor, tensors = self.tensor_step(self.tensor_inputs(g, state, betas=betas), tensors, rate)
-        momenta = state.momenta.to(g.dtype)
+        momenta = state.momenta
         with torch.autocast(g.device.type, enabled=False):
             v = torch.lerp(g * g, state.exp_avg_sq, beta2)  # (N,)
             exponent = step + config.bias_correction_offset
             v_hat = v / (1 - beta2**exponent)
-            m = torch.lerp(g, state.exp_avg, beta1)  # (N,)
+            m = torch.lerp(g, state.exp_avg.to(g.dtype), beta1)  # (N,)
             inverse = 1 / (v_hat.sqrt() + eps)
             m_hat = m / (1 - beta1**exponent)
             seen = [m_hat * inverse, g * inverse]  # m~ and g~
@@ -287,7 +287,7 @@ class Rule(nn.Module, HubFiles):
             delta = config.output_scale * history * output
             if config.distance:
                 momenta = torch.cat([momenta[:, :-1], momenta[:, -1:] - delta.detach()[:, None]], dim=-1)
-        return delta, RuleState(step, m, v, hidden, cell, momenta, tensors)
+        return delta, RuleState(step, m.to(state.exp_avg.dtype), v, hidden, cell, momenta, tensors)
 
     @torch.no_grad()
     def update_(
@@ -369,7 +369,7 @@ class Rule(nn.Module, HubFiles):
     @staticmethod
     def settings_of(config: dict[str, Any]) -> dict[str, Any]:
         """Without what a file may leave out: choices that the first saved rules did not have to make."""
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in config["rule"].items() if (k, v) not in _GONE}
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in config["rule"].items() if (k, v) not in GONE}
         return {**config, "rule": {k: v for k, v in given.items() if ADDED_LATER.get(k, ...) != v}}
 
     def card(self) -> dict[str, str]:
@@ -378,7 +378,9 @@ class Rule(nn.Module, HubFiles):
         if config.average:
             details.append(f"A Trainer evaluates and saves at its running average, eta {config.average:g}.")
         kind = (
-            f"the expression {config.expression!r}" if config.expression else f"an LSTM of size {config.hidden_size}"
+            f"the expression {config.expression!r}"
+            if config.expression
+            else f"an LSTM of size {config.per_tensor or config.hidden_size}"
         )
         return {
             "title": "A learned optimizer",

@@ -75,9 +75,9 @@ class TensorLSTMRule(Rule):
     def _state_shape(self) -> tuple[int, int]:
         return 0, 0
 
-    def _momenta_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        # What is added to a slow momentum is far above a bf16 unit of it. The way from the start is not so.
-        return torch.bfloat16 if dtype == torch.float32 and not self.config.distance else dtype
+    def _m_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        # A tenth of m is new at each step, far above a bf16 unit of it. Slow momenta and v would stall.
+        return torch.bfloat16 if dtype == torch.float32 else dtype
 
     def _of_tensors(self, weights: Sequence[torch.Tensor], rate: float | torch.Tensor) -> torch.Tensor:
         rows = []
@@ -107,8 +107,8 @@ class TensorLSTMRule(Rule):
     ) -> torch.Tensor:
         config = self.config
         beta1, beta2 = (config.beta1, config.beta2) if betas is None else betas
-        momenta = state.momenta.to(g.dtype).unbind(-1)
-        averages = [(state.exp_avg, beta1), *zip(momenta, config.momenta, strict=False)]
+        momenta = state.momenta.unbind(-1)
+        averages = [(state.exp_avg.to(g.dtype), beta1), *zip(momenta, config.momenta, strict=False)]
         moved = momenta[-1] if config.distance else None
         sizes = (g.numel(),) if sizes is None else tuple(sizes)
         step = state.step + 1 + config.bias_correction_offset

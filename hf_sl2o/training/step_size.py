@@ -69,7 +69,7 @@ def step_size(optim: str, lr: float | None, *, momentum: float = 0.0) -> float:
     if lr == 0 or lr >= own * SMALLEST_SHARE * (1 - momentum):
         return lr
     logger.warning(
-        'learning rate %g is one for Adam: with optim="%s" nothing would move. It takes its own instead, %g; '
+        'learning rate %g is one for Adam, and optim="%s" counts in other units. It takes its own instead, %g; '
         "to set it yourself give a rate near that, or build LearnedOptimizer or SubspaceOptimizer, which take any",
         lr,
         optim,
