@@ -129,7 +129,7 @@ def test_precision():
         assert far(end, exact) < tolerance and all(value.dtype == dtype for value in end.values())
         for state in optimizer.state.values():
             assert {state[key].dtype for key in ("step", "exp_avg_sq", "momenta", "tensors")} == {torch.float32}
-                assert state["exp_avg"].dtype == torch.bfloat16
+            assert state["exp_avg"].dtype == torch.bfloat16
     assert far(end, exact) > 1e-4  # the break: bf16 does round
     rule = a_rule()
     state = rule.init_state(15, weights=[tensors()["a"].detach().float()])
