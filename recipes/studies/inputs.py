@@ -32,7 +32,8 @@ VARIANTS: dict[str, list[str]] = {
     "no progress": ["--progress", "False"],
     "neither": ["--tensor_scale", "False", "--progress", "False"],
     "plan, momenta 0.5 and 0.99": ["--momenta", "0.5", "0.99"],
-    "plan, agreement": ["--agreement", "True"],
+    "plan, agreement": ["--agreement", "True"],  # of a rule without per_tensor
+    "plan, distance": ["--distance", "True"],  # of one with it
     "plan, windows of 20 steps": ["--unroll_length", "20"],
     "plan, sum of losses": ["--meta_loss", "sum"],
     "plan, no random scaling": ["--random_scaling", "0.0"],
