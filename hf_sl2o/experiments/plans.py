@@ -67,6 +67,8 @@ SCALE_FREE = (
     "docs-gpt2-of-32-lora16x1@2",
     "figures-vit-lora8@8",
 )
+# Where alpha is large, so that what elsewhere is a good length is far too long.
+TOO_LONG = ("digits-mlp-of-384-lora8x16@8", "digits-mlp-of-96-lora4x32@16", "docs-gpt2-of-32-lora8x16@4")
 EVOLVED: dict[str, Any] = {
     "inner_steps": 200,
     "unroll_length": 100,
@@ -99,6 +101,11 @@ PLANS = {
         (
             Stage(SCALE_FREE, {**EVOLVED, "meta_epochs": 60, "meta_learning_rate": 0.01}, PES(sigma=0.05), ("lstm",)),
             Stage(SCALE_FREE, {**EVOLVED, "meta_epochs": 30, "meta_learning_rate": 0.003}, PES(sigma=0.03)),
+            Stage(
+                (*SCALE_FREE, *TOO_LONG),
+                {**EVOLVED, "meta_epochs": 40, "meta_learning_rate": 0.01, "random_scaling": 2.0},
+                PES(sigma=0.05),
+            ),
         ),
     ),
     # The published constants, T, N and schedule, on a network of two cores' size.
