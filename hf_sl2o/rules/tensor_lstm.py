@@ -15,7 +15,6 @@ from .rule import Rule, RuleState
 _KINDS = 3  # of tensors: a matrix, one that begins at zero, a vector or scalar
 _FASTEST = 0.25  # the most that the logarithm of a step's length changes in a step
 _FADING = 0.005  # the share of the way back to the first guess that it goes by itself
-_LEAST_SPREAD = 0.1  # of the cosines of tensors: a few may agree by chance
 _SLIGHT = 0.1  # what always is there (time, kind, where the length stands) counts less than what is measured
 _LARGEST = 1.5  # of a direction
 _KEPT = 3 + _KINDS  # of a tensor, beside the LSTM's state: log of length over guess, the guess, the rate, its kind
@@ -55,9 +54,8 @@ class TensorLSTMRule(Rule):
         if not config.per_tensor or config.expression is not None:
             raise ValueError("the config has no per_tensor, or an expression; use Rule.from_config(config)")
         super().__init__(config)
-        h, columns, momenta = config.per_tensor, config.input_size, 1 + len(config.momenta)
-        facts = 1 + 2 * (momenta + config.distance)
-        seen = 3 * facts + momenta + 3 + 2 + _KINDS + 1
+        h, facts, columns = config.per_tensor, 1 + 2 * (1 + len(config.momenta) + config.distance), config.input_size
+        seen = 3 * facts + 3 + 2 + _KINDS + 1
         self.lstm = nn.LSTMCell(seen, h)
         self.guess = nn.Parameter(torch.full((_KINDS,), math.log(0.1)))
         self.change = nn.Linear(seen + h, 1, bias=False)  # of the logarithm of the length
@@ -68,8 +66,7 @@ class TensorLSTMRule(Rule):
             self.change.weight.zero_()
             self.change.weight[0, facts + 1] = 0.1
             self.change.weight[0, 2 * facts + 1] = 1.0
-            self.change.weight[0, 3 * facts] = 0.1  # where that cosine is certainly not 0
-            self.change.weight[0, 3 * facts + momenta + 3] = 0.3  # by what a schedule leaves of the rate
+            self.change.weight[0, 3 * facts + 3] = 0.3  # by what a schedule leaves of the rate
             self.change.weight[0, seen - 1] = -0.05
             self.mix.weight.zero_()
             self.mix.weight[0, 0] = 1.0  # m~: Adam's direction
@@ -133,18 +130,12 @@ class TensorLSTMRule(Rule):
             way = inputs[:, -1:] - (length + size + kind @ self.guess[:, None]).detach() - step.clamp_min(1).log() / 2
             facts = torch.cat([facts[:, :-1], way.clamp(-4, 4) / 2], dim=-1)
         moves = (step > 0).to(s.dtype)  # (k, 1)
-        count = moves.sum().clamp_min(1.0)
-        mean = (facts * moves).sum(dim=0, keepdim=True) / count  # (1, c)
-        # How far a mean cosine is from 0, in its standard errors over the tensors
-        cosines = slice(1, 2 + 2 * len(self.config.momenta), 2)
-        spread = ((facts - mean)[:, cosines] * moves).square().sum(dim=0, keepdim=True) / count  # (1, j)
-        certain = mean[:, cosines] * (count / (spread + _LEAST_SPREAD**2)).sqrt()
+        mean = (facts * moves).sum(dim=0, keepdim=True) / moves.sum().clamp_min(1.0)  # (1, c)
         time = torch.cat([torch.exp(-step / steps) for steps in (4.0, 30.0, 200.0)], dim=-1)
         share = _share(base, rate)
         mean = mean.expand_as(facts)
         always = torch.cat([time, share, length / 3, kind, torch.ones_like(share)], dim=-1)
-        certain = torch.tanh(certain / 4).expand(len(facts), -1)
-        seen = torch.cat([facts, mean, mean * time[:, 1:2], certain, _SLIGHT * always], dim=-1)
+        seen = torch.cat([facts, mean, mean * time[:, 1:2], _SLIGHT * always], dim=-1)
         hidden, cell = self.lstm(seen, (hidden, cell))
         change = _FASTEST * torch.tanh(self.change(torch.cat([seen, _SLIGHT * hidden], dim=-1)))
         length = length + moves * (change - _FADING * length)
