@@ -169,7 +169,8 @@ def judge_pretrained(options: argparse.Namespace) -> dict[str, Any]:
         spreads = {name: spread([runs_loss(cell, arm) for arm in rates]) for name, cell in cells.items()}
         result["spread_over_rates"] = {"cells": spreads, "geometric_mean": geometric_mean(list(spreads.values()))}
         print(f"largest over smallest final loss at {', '.join(rates)}: {result['spread_over_rates']}")
-    draw = lambda _, path: plot_cells({name: cell["runs"] for name, cell in cells.items()}, len(options.lengths), path)  # noqa: E731
+    columns = len(options.lengths) if len(options.lengths) > 1 else min(3, len(cells))
+    draw = lambda _, path: plot_cells({name: cell["runs"] for name, cell in cells.items()}, columns, path)  # noqa: E731
     return finish(finite(result), options.json, draw)
 
 

@@ -12,6 +12,7 @@ from hf_sl2o.experiments import plans as plans_of
 from hf_sl2o.experiments.on_task import TaskArm, compare_on
 from hf_sl2o.experiments.tasks import named as meta_tasks
 from hf_sl2o.experiments.tasks import problems
+from hf_sl2o.experiments.tasks.named import parse_task
 from recipes import evaluate_rules, meta_train, pretrain_base
 from recipes.studies import average as study_average
 from recipes.studies import estimators as study_estimators
@@ -91,8 +92,12 @@ def test_unseen_tasks_are_unseen():
         provenance = json.loads((evaluate_rules.SHIPPED_RULES / name / "provenance.json").read_text())
         of_plan = dict.fromkeys(task for stage in plans_of.PLANS[name].stages for task in stage.tasks)
         assert provenance["tasks"] == list(of_plan)  # the plan is how the shipped rule was made
-        seen = {task.partition("-lora")[0].partition("@")[0] for task in provenance["tasks"]}
+        seen = {parse_task(task)[0] for task in provenance["tasks"]}
         assert len(unseen) >= 3 and seen <= set(problems.PROBLEMS) and not seen & set(unseen)
+        for tasks in evaluate_rules.SETS.values():
+            assert not seen & {parse_task(task)[0] for task in tasks}
+    choosing, aside = ({parse_task(task)[0] for task in evaluate_rules.SETS[name]} for name in ("choosing", "aside"))
+    assert not choosing & aside
 
 
 def test_every_problem_learns_something(short):
