@@ -10,6 +10,7 @@ import torch
 
 import benchmarks.gpu_vision as gpu_vision
 import benchmarks.import_time as import_time
+import benchmarks.rule_step as rule_step
 import recipes.resnet_cifar as resnet_cifar
 from hf_sl2o.experiments.data.e2e_embedded import write_csv
 from hf_sl2o.foundation.files import load_json, save_json
@@ -59,6 +60,20 @@ def test_import_time(tmp_path):
     assert result["adds"]["import_hf_sl2o"]["modules"] > 30
     with pytest.raises(ValueError, match="expected a checkout"):
         import_time.main(["--beside", str(tmp_path)])
+
+
+def test_rule_step(tmp_path):
+    words = ["--rounds", "2", "--steps", "1", "--threads", "1", "--coordinates", "61440", "--beside", str(ROOT)]
+    out = benchmark("benchmarks/rule_step.py", *words, "--json", str(tmp_path / "x.json"))
+    assert out.returncode == 0, out.stderr[-2000:]
+    rows = {row["name"]: row for row in json.loads((tmp_path / "x.json").read_text())["rows"]}
+    assert rows["rule_step"]["ratio"] == rows["rule_step"]["value"] / rows["rule_step_beside"]["value"]
+    assert 17 < rows["state"]["value"] <= 20 and rows["state"]["ratio"] == 1.0  # with the average
+    assert 0 < rows["adamw_fused_step"]["value"] < rows["rule_step"]["value"]
+    with pytest.raises(ValueError, match="expected a checkout"):
+        rule_step.main(["--beside", str(tmp_path)])
+    with pytest.raises(ValueError, match="expected at least 6144"):
+        rule_step.main(["--coordinates", "100"])
 
 
 def test_vision_overhead(tmp_path):
