@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 #: the paper's for SGD in the subspace (supplement, Table 1); 0.3 is what validation chose for AdamW in whitened units
 #: (recipes/results).
 OPTIMIZERS = {"sl2o": 1.0, "subspace_adamw": 0.3, "subspace_sgd": 1.0}
-#: Below this share of the own step size a rate is one of Adam's scale: with it nothing would move.
+#: Below this share of the own step size a rate is one of Adam's scale, which counts in other units.
 SMALLEST_SHARE = 1 / 20
 
 
