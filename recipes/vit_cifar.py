@@ -172,7 +172,7 @@ class Recipe(CifarComparison):
                 lambda: model, lambda part, seed: batches(images, labels, 64, seed), loss, lambda part: [], 1e-3,
                 recipe.base_steps,
             )  # fmt: skip
-            train_full(problem, "base", model.to(args.device), "base", lambda step: None)
+            train_full(problem, "base", model.to(args.device), "base")
             return {name: tensor.contiguous() for name, tensor in model.cpu().state_dict().items()}
 
         if state.is_main_process:

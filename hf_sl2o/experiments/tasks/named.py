@@ -16,39 +16,31 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from ...foundation.files import checksum_of
-from ...foundation.hub import WEIGHTS
 from ...meta import Task
 from ...optim import LearnedOptimizer
 from ...rules import Rule
-from ...subspace import Basis, IdentityBasis, Layout, RandomBasis, Trajectory, fit_basis
-from ..kept.files import made_once, read_object, tensors_once
+from ...subspace import IdentityBasis, Layout, RandomBasis
+from ..kept.files import read_object, tensors_once
 from ..kept.keys import stamp
 from ..on_task import TaskArm
 from . import problems
 from .pretrained import PRETRAINED, check_package
 from .problem import Problem
 from .problems import check_data
-from .recorded import SNAPSHOTS, place_of, recorded_task
+from .recorded import SEED, recorded_basis, train
 
 RECORDED = "-pca"  # after a name: in the subspace of a recorded run
 #: All problems by name.
 PROBLEMS = ChainMap(PRETRAINED, problems.PROBLEMS)
 
 
-def train_full(problem: Problem, part: str, model: nn.Module, name: str, each: Callable[[int], None]) -> None:
-    """Trains all weights with AdamW and linear decay; `each(step)` runs after every step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=problem.learning_rate, weight_decay=0.0)
-    batches = problem.batches(part, 12_345)
-    for step in tqdm(range(1, problem.steps + 1), desc=name, mininterval=5):
-        optimizer.param_groups[0]["lr"] = problem.learning_rate * (1 - (step - 1) / problem.steps)
-        optimizer.zero_grad()
-        problem.loss(model, next(batches)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        each(step)
+def train_full(problem: Problem, part: str, model: nn.Module, name: str) -> None:
+    """Trains all weights of a problem as its base, or the run that is recorded, is trained."""
+    train(
+        model, problem.loss, problem.batches(part, SEED),
+        learning_rate=problem.learning_rate, steps=problem.steps, name=name,
+    )  # fmt: skip
 
 
 def first_rows(batch: Any, rows: int) -> Any:
@@ -74,33 +66,11 @@ def subspace_task(name: str, data: str, folder: Path, dim: int = 40) -> Task:
     problem = PROBLEMS[name](data)
     if not problem.steps:
         raise ValueError(f"{name} is a pretrained network; after its name must stand -full or -loraRANK")
-    where = recorded_in(name, problem, data, folder, dim)
-
-    def work() -> dict[str, Any]:
-        trajectory = Trajectory(where / "trajectory")
-        trajectory.clear()
-        model = problem.build_model()
-        trajectory.write(0, model.named_parameters())
-        every = problem.steps // (SNAPSHOTS - 1)
-
-        def record(step: int) -> None:
-            if step % every == 0:
-                trajectory.write(step, model.named_parameters())
-
-        train_full(problem, "all", model, name, record)
-        basis = fit_basis(trajectory, dim, progress=False)
-        basis.save_pretrained(where / "basis")
-        trajectory.delete()
-        model.eval()
-        with torch.no_grad():
-            losses = [float(problem.loss(model, batch)) for batch in problem.eval_batches("all")]
-        made = {"full_space_loss": sum(losses) / len(losses), "basis": checksum_of(where / "basis" / WEIGHTS)}
-        return {**made, **basis.provenance}
-
-    known = made_once(where / "done.json", where.name, work, where / "basis")
-    basis = Basis.from_pretrained(where / "basis")
-    if known["basis"] != checksum_of(where / "basis" / WEIGHTS):
-        raise ValueError(f"{where / 'basis'} holds another basis than the one that was fitted there; delete {where}")
+    basis = recorded_basis(
+        recorded_in(name, problem, data, folder, dim), problem.build_model, problem.loss,
+        lambda seed: problem.batches("all", seed), problem.eval_batches("all"),
+        learning_rate=problem.learning_rate, steps=problem.steps, dim=dim,
+    )  # fmt: skip
     return Task(
         task_name, problem.build_model, cut(lambda seed: problem.batches("all", seed), rows), problem.loss, basis,
         problem.eval_batches("all"),
@@ -136,7 +106,7 @@ def pretrained_base(name: str, data: str, folder: Path) -> tuple[Problem, Path, 
 
     def make() -> dict[str, torch.Tensor]:
         model = problem.build_model()
-        train_full(problem, "base", model, f"{name} base", lambda step: None)
+        train_full(problem, "base", model, f"{name} base")
         once = {**dict(model.named_parameters()), **dict(model.named_buffers())}  # a tied weight is in it once
         return {name: tensor for name, tensor in once.items() if name in model.state_dict()}
 
@@ -197,8 +167,8 @@ def named_task(name: str, data: str, folder: Path) -> Task:
     or all weights may stand "-pca": in the subspace of a recorded run.
     """
     if name.endswith(RECORDED):
-        task = name.removesuffix(RECORDED)
-        return recorded_task(named_task(task, data, folder), rate_of(task), folder)
+        whole = named_task(name.removesuffix(RECORDED), data, folder)
+        return in_recorded(whole, rate_of(name.removesuffix(RECORDED)), folder)
     problem, rank, scaling, rows = parse_task(name)
     at_rows = f"@{rows}" if rows else ""
     if rank == "full":
@@ -206,6 +176,19 @@ def named_task(name: str, data: str, folder: Path) -> Task:
     if not rank:
         return subspace_task(problem + at_rows, data, folder)
     return lora_task(problem + at_rows, data, folder, int(rank), float(scaling or 2))
+
+
+def in_recorded(task: Task, learning_rate: float, folder: Path, *, steps: int = 300, dim: int = 40) -> Task:
+    """A task whose coordinates are its weights, or LoRA factors, in the subspace of a recorded run of its own."""
+    basis = recorded_basis(
+        place_of(task.name, learning_rate, folder, steps, dim), task.build_model, task.loss, task.batches,
+        task.eval_batches, learning_rate=learning_rate, steps=steps, dim=dim,
+    )  # fmt: skip
+    return dataclasses.replace(task, name=f"{task.name}{RECORDED}", basis=basis)
+
+
+def place_of(name: str, learning_rate: float, folder: Path, steps: int = 300, dim: int = 40) -> Path:
+    return folder / f"{name}{RECORDED}-{stamp(learning_rate, steps, dim)}"
 
 
 def rate_of(name: str) -> float:
