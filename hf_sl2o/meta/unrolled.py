@@ -112,7 +112,8 @@ def _run(
         losses[step], g = run.gradient()
         seen[step] = g if coordinates is None else g[coordinates]
         inputs.append(rule.tensor_inputs(g, state, sizes))
-        delta = rule.update_(g, state, sizes=sizes, inputs=inputs[-1], rate=rate, total_steps=total_steps)
+        of_tensors = rule.tensor_step(inputs[-1], state.tensors, rate)
+        delta = rule.update_(g, state, sizes=sizes, of_tensors=of_tensors, total_steps=total_steps)
         moved = delta.mul_(-factor(rule, rate))
         c += moved
         run.move(moved)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
 import torch
 
-from ..rules.rule import RuleState
+from ..rules.rule import Rule, RuleState
 from ._common import real, trains
 from ._two_points import REPLACES
 
@@ -21,13 +21,20 @@ class Piece:
     Args:
         params: The parameters, each with a state.
         states: What an optimizer keeps of each; changed in place.
+        sizes_of: Maps a parameter to the sizes of the tensors in it: mostly its own.
         with_average (`bool`): Whether there is a running average.
     """
 
     def __init__(
-        self, params: Sequence[torch.Tensor], states: Mapping[torch.Tensor, dict[str, Any]], *, with_average: bool
+        self,
+        params: Sequence[torch.Tensor],
+        states: Mapping[torch.Tensor, dict[str, Any]],
+        sizes_of: Callable[[torch.Tensor], Sequence[int]],
+        *,
+        with_average: bool,
     ) -> None:
         self.params = list(params)
+        self.tensor_sizes = [size for p in self.params for size in sizes_of(p) if size]
         of = [states[p] for p in self.params]
         self.sizes = [real(p).numel() for p in self.params]
         self.dtype = reduce(torch.promote_types, (real(p).dtype for p in self.params), torch.float32)
@@ -69,6 +76,12 @@ class Piece:
         """Splits (N,) into a tensor of each parameter's shape."""
         parts = flat.split(self.sizes)
         return [part.view(real(p).shape) for p, part in zip(self.params, parts, strict=True)]
+
+    def gradient(self, maximize: bool) -> torch.Tensor:
+        """The gradient, (N,), in the dtype of the rule (fp32), whatever the model's: from here on all is in it."""
+        dtype = self.state.exp_avg_sq.dtype
+        g = torch.cat([real(p.grad).reshape(-1).to(dtype) for p in self.params if p.grad is not None])
+        return -g if maximize else g
 
     def weights(self) -> torch.Tensor:
         """The weights as they are, (N,)."""
@@ -150,6 +163,29 @@ class Piece:
             states[p].pop("last", None)
         self.write(self.last)
         self.just_averaged = False
+
+
+def of_all_tensors(
+    rule: Rule, pieces: Sequence[Piece], gradients: Sequence[torch.Tensor], groups: Sequence[dict[str, Any]]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What a rule finds for the tensors of each piece, which it compares with one another.
+
+    Returns:
+        Of each piece what [`~hf_sl2o.rules.Rule.tensor_step`] returns for its k tensors: (k, o) and (k, s).
+    """
+    many = list(zip(pieces, gradients, groups, strict=True))
+    facts = [rule.tensor_inputs(g, piece.state, piece.tensor_sizes, betas=group["betas"]) for piece, g, group in many]
+    kept = [piece.state.tensors for piece in pieces]
+    rates = [group["lr"] for group in groups]
+    if len(pieces) > 1:
+        rates = [torch.cat([_filled(rate, of[:, 0]) for rate, of in zip(rates, facts, strict=True)])]  # (k,)
+    found, following = rule.tensor_step(torch.cat(facts), torch.cat(kept), rates[0])
+    of_piece = found.split([len(of) for of in facts])
+    return list(zip(of_piece, following.split([len(of) for of in kept]), strict=True))
+
+
+def _filled(value: float | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return value.to(like).expand_as(like) if torch.is_tensor(value) else torch.full_like(like, value)
 
 
 def _is_host(tensor: torch.Tensor) -> bool:

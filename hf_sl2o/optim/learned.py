@@ -21,9 +21,11 @@ from ._common import (
     refuse_sparse,
     trains,
 )
-from ._piece import Piece
+from ._piece import Piece, of_all_tensors
 from ._state import check_entry, check_same, check_state, load_keeping_dtypes, warn_of_another_rate
 from ._two_points import HINT, TwoPoints, parameters_of
+
+Part = tuple[dict[str, Any], list[torch.Tensor]]  # a group, and parameters of it that are stepped at once
 
 
 class LearnedOptimizer(TwoPoints):
@@ -51,7 +53,7 @@ class LearnedOptimizer(TwoPoints):
         weight_decay (`float`, *optional*, defaults to 0.0): Decoupled: theta shrinks by lr * weight_decay
             times the length of a step of the rule, as by AdamW's lr * weight_decay at a step size of the rule's.
         foreach (`bool`, *optional*): None or True: one computation over all tensors of a group; False: a tensor at a
-            time. A rule that finds its own scale compares the tensors of a group, and always takes them together.
+            time. A rule that finds its own scale compares all tensors all the same.
         maximize (`bool`, *optional*, defaults to `False`): Ascend.
         capturable (`bool`, *optional*, defaults to `False`): Nothing is ever read back to the host; three non-finite
             steps in a row then do not raise.
@@ -234,7 +236,7 @@ class LearnedOptimizer(TwoPoints):
             check_one_device(params)
             for p in params:
                 self._begin(p, group)
-            piece = Piece(params, self.state, with_average=bool(self.average))
+            piece = Piece(params, self.state, self._sizes, with_average=bool(self.average))
             self._pieces = {known: old for known, old in self._pieces.items() if not set(known) & set(key)}
             self._pieces[key] = piece
         return self._pieces[key]
@@ -322,8 +324,8 @@ class LearnedOptimizer(TwoPoints):
             with torch.enable_grad():
                 loss = closure()
         self._follow()
-        groups = [(group, self._with_gradient(group)) for group in self.param_groups]
-        gradients = [p.grad for _, params in groups for p in params if p.grad is not None]
+        parts = [(group, params) for group in self.param_groups for params in self._with_gradient(group)]
+        gradients = [p.grad for _, params in parts for p in params if p.grad is not None]
         if not gradients:
             self.publish()
             return loss
@@ -337,15 +339,12 @@ class LearnedOptimizer(TwoPoints):
             if not self.defaults["differentiable"]:
                 finite = is_finite(gradients)  # () of the whole step, not of a group
                 self._non_finite.record(finite)
-            for group, params in groups:
-                if group["differentiable"]:
-                    for p in params:
-                        self._differentiable_update(p, group)
-                elif group["foreach"] is False and not self.rule.own_scale:
-                    for p in params:
-                        self._update([p], group, finite)
-                elif params:
-                    self._update(params, group, finite)
+            if self.defaults["differentiable"]:
+                for group, (p,) in parts:
+                    self._differentiable_update(p, group)
+            else:  # a rule that finds its own scale compares all tensors
+                for together in [parts] if self.rule.own_scale else [[part] for part in parts]:
+                    self._update(together, finite)
         self._from_last = self._asked = False
         if self._attached:
             self._to_average(in_step=True)
@@ -353,32 +352,33 @@ class LearnedOptimizer(TwoPoints):
             self._non_finite.check()
         return loss
 
-    def _with_gradient(self, group: dict[str, Any]) -> list[torch.Tensor]:
-        return [p for p in group["params"] if p.grad is not None and p.numel() and trains(p)]
+    def _with_gradient(self, group: dict[str, Any]) -> list[list[torch.Tensor]]:
+        """The parameters of a group that are stepped, in what is one computation each: all together, or one by one."""
+        params = [p for p in group["params"] if p.grad is not None and p.numel() and trains(p)]
+        if group["foreach"] is False or self.defaults["differentiable"]:
+            return [[p] for p in params]
+        return [params] if params else []
 
-    def _update(self, params: Sequence[torch.Tensor], group: dict[str, Any], finite: torch.Tensor) -> None:
-        """One computation over the concatenation of `params`; nothing changes where `finite` is false."""
-        piece = self._piece(params, group)
-        state = piece.state
+    def _update(self, parts: Sequence[Part], finite: torch.Tensor) -> None:
+        """One step of the parameters of one or more groups; nothing changes where `finite` is false."""
+        groups, pieces = [group for group, _ in parts], [self._piece(params, group) for group, params in parts]
         if self.average:
-            piece.take_changes()
-        # The border: from here on everything is in the dtype of the rule (fp32), whatever the model's.
-        dtype = state.exp_avg_sq.dtype
-        g = torch.cat([real(p.grad).reshape(-1).to(dtype) for p in params if p.grad is not None])  # (N,)
-        if group["maximize"]:
-            g = -g
-        options = {name: group[name] for name in ("betas", "eps", "total_steps")}
-        sizes = [size for p in params for size in self._sizes(p) if size]
-        self.rule.update_(g, state, finite=finite, sizes=sizes, rate=group["lr"], **options)
-        lr, decay = self._factor(group), group["weight_decay"]
-        lengths = self.rule.lengths(state.tensors, group["lr"]) if decay else ()
-        for i, (p, delta) in enumerate(zip(params, piece.views(g), strict=True)):
-            weights = real(p.detach())
-            if decay:
-                weights.mul_(1 - lr * lengths[i] * decay * finite)
-            weights.sub_((lr * delta).to(weights.dtype))
-        if self.average:
-            piece.average_(finite * average_weight(state.step, self.average))
+            for piece in pieces:
+                piece.take_changes()
+        gradients = [piece.gradient(group["maximize"]) for piece, group in zip(pieces, groups, strict=True)]
+        found = of_all_tensors(self.rule, pieces, gradients, groups)
+        for piece, group, g, of_tensors in zip(pieces, groups, gradients, found, strict=True):
+            state, lr, decay = piece.state, self._factor(group), group["weight_decay"]
+            options = {name: group[name] for name in ("betas", "eps", "total_steps")}
+            self.rule.update_(g, state, finite=finite, sizes=piece.tensor_sizes, of_tensors=of_tensors, **options)
+            lengths = self.rule.lengths(state.tensors, group["lr"]) if decay else ()
+            for i, (p, delta) in enumerate(zip(piece.params, piece.views(g), strict=True)):
+                weights = real(p.detach())
+                if decay:
+                    weights.mul_(1 - lr * lengths[i] * decay * finite)
+                weights.sub_((lr * delta).to(weights.dtype))
+            if self.average:
+                piece.average_(finite * average_weight(state.step, self.average))
 
     def _factor(self, group: dict[str, Any]) -> float | torch.Tensor:
         """What delta is multiplied by: a rule that finds its own scale has the rate in it."""

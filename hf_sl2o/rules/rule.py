@@ -183,8 +183,8 @@ class Rule(nn.Module, HubFiles):
         Args:
             inputs (`torch.Tensor` of shape `(k, c)`): From [`~Rule.tensor_inputs`].
             tensors (`torch.Tensor` of shape `(k, s)`): `state.tensors`.
-            rate (`float` or 0-d `torch.Tensor`, *optional*, defaults to 1.0): The learning rate of this step, for a
-                rule that finds its own scale.
+            rate (`float`, or `torch.Tensor` of shape `()` or `(k,)`, *optional*, defaults to 1.0): The learning rate
+                of this step, for a rule that finds its own scale.
 
         Returns:
             `(k, o)`, and the next `tensors`.
@@ -297,7 +297,7 @@ class Rule(nn.Module, HubFiles):
         *,
         finite: torch.Tensor | None = None,
         sizes: Sequence[int] | None = None,
-        inputs: torch.Tensor | None = None,
+        of_tensors: tuple[torch.Tensor, torch.Tensor] | None = None,
         rate: float | torch.Tensor = 1.0,
         **options: Any,
     ) -> torch.Tensor:
@@ -311,7 +311,8 @@ class Rule(nn.Module, HubFiles):
             state ([`RuleState`]): Overwritten.
             finite (0-d `torch.Tensor`, *optional*): Where false, delta is 0 and the state stays as it is.
             sizes (`Sequence[int]`, *optional*): Of the tensors that `g` holds; by default it is one tensor.
-            inputs (`torch.Tensor` of shape `(k, c)`, *optional*): From [`~Rule.tensor_inputs`], if they are known.
+            of_tensors (`tuple[torch.Tensor, torch.Tensor]`, *optional*): From [`~Rule.tensor_step`], if it is known:
+                `(k, o)`, and `(k, s)`.
             rate (`float` or 0-d `torch.Tensor`, *optional*, defaults to 1.0): As for [`~Rule.tensor_step`].
             **options: As for [`~Rule.forward`].
 
@@ -319,9 +320,10 @@ class Rule(nn.Module, HubFiles):
             `g`, which holds delta of shape `(N,)`.
         """
         chunk = _CHUNK.get(g.device.type, 1 << 16)
-        if inputs is None:
+        if of_tensors is None:
             inputs = self.tensor_inputs(g, state, sizes, betas=options.get("betas"))
-        tensors, kept = self.tensor_step(inputs, state.tensors, rate)  # (k, o), (k, s)
+            of_tensors = self.tensor_step(inputs, state.tensors, rate)
+        tensors, kept = of_tensors  # (k, o), (k, s)
         for start in range(0, g.numel(), chunk):
             part = slice(start, min(start + chunk, g.numel()))
             old = state.at(part)

@@ -132,7 +132,7 @@ class TensorLSTMRule(Rule):
         moves = (step > 0).to(s.dtype)  # (k, 1)
         mean = (facts * moves).sum(dim=0, keepdim=True) / moves.sum().clamp_min(1.0)  # (1, c)
         time = torch.cat([torch.exp(-step / steps) for steps in (4.0, 30.0, 200.0)], dim=-1)
-        share = _share(base, rate)
+        share = _share(base[:, 0], rate)[:, None]
         mean = mean.expand_as(facts)
         always = torch.cat([time, share, length / 3, kind, torch.ones_like(share)], dim=-1)
         seen = torch.cat([facts, mean, mean * time[:, 1:2], _SLIGHT * always], dim=-1)
