@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..foundation.checked import check_flag, check_integer, check_number, shown
+from .expressions import parse
 
 # Choices that the first saved rules did not have to make.
 ADDED_LATER: dict[str, Any] = {
@@ -18,10 +18,10 @@ ADDED_LATER: dict[str, Any] = {
 }  # fmt: skip
 
 # Supplement, Table 2: expressions fitted to a rule that was meta-trained on ResNet-20.
-EXPRESSIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
-    "tanh": lambda m, g: 0.2326 * torch.tanh(g - 0.1094),
-    "exp-tanh": lambda m, g: 0.2097 * torch.exp(torch.tanh(g)) - 0.2523,
-    "exp-tanh-cubic": lambda m, g: 0.0627 * torch.exp(torch.tanh(g + m**3)),
+EXPRESSIONS = {
+    "tanh": "0.2326 * tanh(g - 0.1094)",
+    "exp-tanh": "0.2097 * exp(tanh(g)) - 0.2523",
+    "exp-tanh-cubic": "0.0627 * exp(tanh(g + m**3))",
 }
 
 
@@ -73,7 +73,11 @@ class RuleConfig:
         metadata={"help": "Steps after which the cell state is zeroed; 391 (an epoch) restores the published runs."},
     )
     expression: str | None = dataclasses.field(
-        default=None, metadata={"help": f"One of {sorted(EXPRESSIONS)} instead of the LSTM (supplement 2.5, Table 2)."}
+        default=None,
+        metadata={
+            "help": 'An expression of m~ and g~ instead of the LSTM, such as "0.2 * tanh(g + m)" (see '
+            f"`hf_sl2o.rules.expressions`), or one of {sorted(EXPRESSIONS)} (supplement 2.5, Table 2)."
+        },
     )
     momenta: tuple[float, ...] = dataclasses.field(
         default=(),
@@ -127,8 +131,8 @@ class RuleConfig:
         for name in ("tensor_scale", "agreement", "per_tensor"):
             if getattr(self, name) and self.inputs != "normalized":
                 raise ValueError(f'{name} adds to inputs "normalized", and inputs is {self.inputs!r}')
-        if self.expression is not None and self.expression not in EXPRESSIONS:
-            raise ValueError(f"expression is {shown(self.expression)}, expected one of {sorted(EXPRESSIONS)}")
+        if self.expression is not None:
+            parse(EXPRESSIONS.get(self.expression, self.expression))
         if self.per_tensor and (self.agreement or self.expression is not None):
             raise ValueError(
                 "per_tensor is another kind of rule, which sees agreement: leave agreement and expression"
