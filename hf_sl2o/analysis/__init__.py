@@ -1,4 +1,7 @@
-"""What learned rules do, said in another way: `symbolic` finds expressions for the updates of a rule.
+"""What learned rules do, and how else it can be said.
 
-It may import `rules` and `foundation`, numpy and torch; no plots and no data sets.
+- `paths`: gradients and coefficients of a run step by step, and samples of what a rule saw and did
+- `symbolic`: expressions that stand for a rule, found by genetic programming
+
+It may import `meta`, `optim`, `rules`, `subspace` and `foundation`, numpy and torch; no plots and no data sets.
 """
