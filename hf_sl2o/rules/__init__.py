@@ -2,7 +2,8 @@
 
 - `config`: every choice a rule makes, and the paper's presets
 - `inputs`: what a rule sees, the columns of its network's input
-- `rule`: what all rules do;  `lstm`, `tensor_lstm`, `symbolic`: the three kinds;  `expressions`: the texts of a symbolic one
+- `rule`: what all rules do;  `lstm`, `tensor_lstm`, `symbolic`: the three kinds
+- `expressions`: the texts of a symbolic rule, and their grammar
 - `load`, `shipped/`: the four rules that ship, and how a user's words name one
 
 It may import `foundation`, and torch; no transformers.
