@@ -51,7 +51,7 @@ def test_samples_of_an_expression_are_the_expression(name):
         for seed in (0, 1)
     ]
     samples = samples_of(paths, rule, 60)
-    torch.testing.assert_close(samples.delta, rule._expression(samples.m, samples.g), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(samples.delta, rule.expression(samples.m, samples.g), rtol=1e-3, atol=1e-5)
     assert samples.delta.std() > 0.01
     first, second = samples.split(50)
     assert len(first.m) == 50 and len(second.delta) == 10 and torch.equal(second.g, samples.g[50:])

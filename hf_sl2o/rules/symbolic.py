@@ -37,17 +37,18 @@ class SymbolicRule(Rule):
         if config.expression is None or config.inputs != "normalized" or config.log_sign is not None:
             raise ValueError("an expression needs the inputs m~ and g~ themselves: inputs 'normalized', no log_sign")
         super().__init__(config)
-        self._expression = parse(EXPRESSIONS.get(config.expression, config.expression))
+        #: What is computed, a [`~hf_sl2o.rules.expressions.Node`].
+        self.expression = parse(EXPRESSIONS.get(config.expression, config.expression))
         self._check_finite()
 
     def _check_finite(self) -> None:
         side = torch.cat([_MET, -_MET, _MET.new_zeros(1)])
         m, g = (points.reshape(-1) for points in torch.meshgrid(side, side, indexing="ij"))
-        wrong = ~self._expression(m, g).isfinite()
+        wrong = ~self.expression(m, g).isfinite()
         if wrong.any():
             i = int(wrong.nonzero()[0])
             raise ValueError(
-                f"the expression {self._expression} is {float(self._expression(m, g)[i])} at m = {m[i]:g}, g = "
+                f"the expression {self.expression} is {float(self.expression(m, g)[i])} at m = {m[i]:g}, g = "
                 f"{g[i]:g}, which a run may meet; bound it, with tanh say"
             )
 
@@ -57,4 +58,4 @@ class SymbolicRule(Rule):
     def _output(
         self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor, of_tensor: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self._expression(inputs[:, 0], inputs[:, 1]), hidden, cell
+        return self.expression(inputs[:, 0], inputs[:, 1]), hidden, cell

@@ -1,0 +1,164 @@
+"""Expressions that stand for a learned rule (supplement 2.5, table 2, figures 4 and 5), and how they train.
+
+    python recipes/studies/symbolic.py --data PATH --json recipes/results/study_symbolic.json
+
+A rule with the paper's constants is meta-trained on ResNet-20 in the 40 directions of a recorded run. Of its runs
+there 10,000 samples of (m~, g~, update) are fitted and 2,000 are kept to test. The table gives the Pareto front of
+complexity against error and the paper's three expressions on the same samples, and as a ceiling what any function of
+m~ and g~ reaches (boosted trees): the rest is the LSTM's memory. The expressions then train the network that the
+samples are of, and GPT-2, beside the LSTM. Killed and started again it goes on.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from hf_sl2o import LSTMRule, MetaTrainer, MetaTrainingArguments, Rule, RuleConfig, SymbolicRule, Task
+from hf_sl2o.analysis.paths import Samples, record_path, samples_of
+from hf_sl2o.analysis.symbolic import fit_symbolic, score_expression
+from hf_sl2o.experiments.command_line.flags import parse_options
+from hf_sl2o.experiments.command_line.script import run_script
+from hf_sl2o.experiments.command_line.study import finish, study_parser
+from hf_sl2o.experiments.figures import canvas
+from hf_sl2o.experiments.on_task import TaskArm, compare_on
+from hf_sl2o.experiments.tasks.named import arms_of, check_tasks, learned, subspace_task
+from hf_sl2o.rules.config import EXPRESSIONS
+
+FIT, TEST = 10_000, 2_000  # supplement 2.5
+LONGEST = 9  # the complexity of the paper's longest
+
+
+def meta_trained(task: Task, options: Any) -> Rule:
+    """A rule with the paper's constants, meta-trained on the task, from its folder if it is there."""
+    args = MetaTrainingArguments(
+        str(options.output_dir / "rules" / task.name), inner_steps=options.steps, meta_epochs=options.meta_epochs,
+        eval_every=max(1, options.meta_epochs // 4), lr_scheduler_type="linear", meta_lr_scheduler_type="cosine",
+        max_grad_norm=1.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return MetaTrainer(LSTMRule(RuleConfig.preset("paper-cnn")), args, [task]).train()
+
+
+def ceiling(fit: Samples, test: Samples) -> dict[str, float]:
+    """How near any function of m~ and g~ comes: boosted trees, on the test samples."""
+    from sklearn.ensemble import HistGradientBoostingRegressor
+
+    columns = [np.stack([part.m.numpy(), part.g.numpy()], axis=1) for part in (fit, test)]
+    trees = HistGradientBoostingRegressor(max_iter=300, learning_rate=0.05, random_state=0)
+    found = trees.fit(columns[0], fit.delta.numpy()).predict(columns[1])
+    return {
+        "mse": float(np.square(found - test.delta.numpy()).mean()),
+        "pearson_r": float(np.corrcoef(found, test.delta.numpy())[0, 1]),
+    }
+
+
+def table_of(fit: Samples, test: Samples, options: Any) -> tuple[list[dict[str, Any]], float]:
+    """The Pareto front and the paper's expressions: complexity, error on the fitted samples, R on the others."""
+    start = time.perf_counter()
+    front = fit_symbolic(
+        fit.m, fit.g, fit.delta, generations=options.generations, population=options.population, seed=0
+    )
+    seconds = time.perf_counter() - start
+    texts = [("found", fitted.text, fitted.complexity) for fitted in front]
+    for text in EXPRESSIONS.values():
+        texts.append(("paper", text, SymbolicRule(RuleConfig(expression=text)).expression.complexity))
+    rows = [
+        {
+            "from": origin, "expression": text, "complexity": complexity,
+            "mse_fit": score_expression(text, fit.m, fit.g, fit.delta)["mse"],
+            "pearson_r_test": score_expression(text, test.m, test.g, test.delta)["pearson_r"],
+        }
+        for origin, text, complexity in texts
+    ]  # fmt: skip
+    return rows, seconds
+
+
+def chosen(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """The closest that is no longer than the paper's longest, and the closest of all, by the fitted samples."""
+    found = [row for row in rows if row["from"] == "found"]
+    short = [row for row in found if row["complexity"] <= LONGEST]
+    return {
+        f"found, at most {LONGEST}": min(short, key=lambda row: row["mse_fit"])["expression"],
+        "found, closest": min(found, key=lambda row: row["mse_fit"])["expression"],
+    }
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    with canvas(path, 1, 2 + len(result["runs"]), figsize=(5.2 * (2 + len(result["runs"])), 4.4)) as (_, axes):
+        for origin, mark in (("found", "o-"), ("paper", "s")):
+            rows = [row for row in result["table"] if row["from"] == origin]
+            points = sorted((row["complexity"], row["pearson_r_test"]) for row in rows if row["pearson_r_test"])
+            axes[0][0].plot(
+                *zip(*points, strict=True), mark, color="black" if origin == "found" else "0.55", label=origin
+            )
+        axes[0][0].axhline(result["ceiling"]["pearson_r"], color="0.4", linestyle=":", label="any function (trees)")
+        axes[0][0].set(title="expressions of the updates", xlabel="complexity", ylabel="Pearson's R on test samples")
+        axes[0][0].legend(fontsize=8)
+        sample = result["sample"]
+        image = axes[0][1].scatter(sample["g"], sample["m"], c=sample["delta"], s=5, cmap="RdGy", vmin=-1, vmax=1)
+        axes[0][1].set(title="updates of the LSTM", xlabel="g~", ylabel="m~", xlim=(-4, 4), ylim=(-3, 3))
+        axes[0][1].figure.colorbar(image, ax=axes[0][1], label="update")
+        for axis, (task, runs) in zip(axes[0][2:], result["runs"].items(), strict=True):
+            looks = {"LSTM": {"color": "black", "linewidth": 2.2}}
+            for (arm, run), style in zip(runs.items(), ("-", "--", "-.", ":", "-", "--", "-."), strict=False):
+                axis.plot(*zip(*run["eval"], strict=True), linestyle=style, label=arm, **looks.get(arm, {}))
+            axis.set(title=task, xlabel="step", ylabel="held-out loss", yscale="log")
+            axis.legend(fontsize=7)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    parser = study_parser(
+        __doc__, data="embedded", steps=200, seeds=3, meta_epochs=10, output_dir=Path("outputs/study_symbolic"),
+        tasks_dir=Path("outputs/meta_train/tasks"),
+    )  # fmt: skip
+    parser.add_argument("--tasks", nargs="+", default=["cifar-resnet20", "e2e-gpt2"], help="the first is sampled")
+    parser.add_argument("--generations", type=int, default=60, help="of the search for expressions")
+    parser.add_argument("--population", type=int, default=200, help="of the search for expressions")
+    options = parse_options(parser, argv)
+    check_tasks(options.tasks, options.data, plain=True)
+    tasks = [subspace_task(name, options.data, options.tasks_dir) for name in options.tasks]
+    rule = meta_trained(tasks[0], options)
+    needed = -(-(FIT + TEST) // (tasks[0].basis.dim * (options.steps - 1)))
+    paths = [
+        record_path(tasks[0], learned(rule, options.steps)(1.0), options.steps, seed=100 + seed, schedule="linear")
+        for seed in range(needed)
+    ]
+    samples = samples_of(paths, rule, FIT + TEST)
+    fit, test = samples.split(FIT)
+    rows, seconds = table_of(fit, test, options)
+    best = ceiling(fit, test)
+    print(f"any function of m~ and g~ (trees): R {best['pearson_r']:.4f}; {seconds:.0f} s for the front")
+    for row in rows:
+        print(f"  {row['from']:6} {row['complexity']:3} R {row['pearson_r_test'] or 0:.4f} {row['expression']}")
+    texts = {**chosen(rows), **{f"paper, {name}": text for name, text in EXPRESSIONS.items()}}
+    runs: dict[str, Any] = {}
+    for task in tasks:
+        arms = {"LSTM": TaskArm(learned(rule, options.steps), (1.0,), key=f"rule-{rule.fingerprint}")}
+        for name, text in texts.items():
+            of = SymbolicRule(RuleConfig(expression=text))
+            arms[name] = TaskArm(learned(of, options.steps), (1.0,), key=f"rule-{of.fingerprint}")
+        tuned = arms_of("default", rule, options.steps, task.basis.layout)
+        arms |= {name: tuned[f"subspace_{name}"] for name in ("adamw", "momentum")}
+        runs[task.name] = compare_on(task, arms, options.steps, seeds=options.seeds, cache=options.output_dir / "runs")
+        lstm = runs[task.name]["LSTM"]["final_eval_loss"]
+        for arm, run in runs[task.name].items():
+            loss = run["final_eval_loss"]
+            print(f"{task.name:16} {arm:22} {loss:.4f}, {loss / lstm:.3f} of the LSTM's", flush=True)
+    sample = {name: [float(f"{x:.4g}") for x in getattr(test, name)] for name in ("m", "g", "delta")}
+    settings = {
+        name: getattr(options, name) for name in ("steps", "seeds", "meta_epochs", "generations", "population")
+    }
+    result = {
+        "study": "symbolic", **settings, "samples": {"fit": FIT, "test": TEST, "of": tasks[0].name}, "table": rows,
+        "ceiling": best, "seconds_of_search": seconds, "expressions": texts, "runs": runs, "sample": sample,
+    }  # fmt: skip
+    return finish(result, options.json, plot)
+
+
+if __name__ == "__main__":
+    run_script(main)
