@@ -23,7 +23,7 @@ from recipes import gpt2_e2e
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ("gpt2_e2e", "resnet_cifar", "vit_cifar", "vit_imagenet")
-STUDIES = ("average", "estimators", "inputs", "transfer", "unroll")
+STUDIES = ("average", "directions", "estimators", "inputs", "symbolic", "transfer", "unroll")
 SCRIPTS = ("evaluate_rules", "pretrain_base", "figures", *(f"studies.{name}" for name in STUDIES))
 TIMERS = ("gpu", "gpu_vision", "import_time", "meta_processes", "meta_training", "readme_example", "step_cost",
           "vision_overhead")  # fmt: skip
@@ -180,6 +180,9 @@ def test_what_a_recipe_loads(name, words, message):
         ("evaluate_rules", ["--data", "empty"], "empty/cifar10: looked for empty/cifar10/train.parquet"),
         ("pretrain_base", ["--data", "nowhere"], "--data is 'nowhere'"),
         ("studies.average", ["--tasks", "nonsense"], "--tasks: there is no task 'nonsense'"),
+        ("studies.directions", ["--tasks", "digits-mlp-lora4"], "--tasks: there is no task 'digits-mlp-lora4'"),
+        ("studies.symbolic", ["--tasks", "nonsense"], "--tasks: there is no task 'nonsense'"),
+        ("studies.symbolic", ["--generations", "0"], "--generations is 0"),
         ("studies.estimators", ["--problems", "nonsense"], "--problems has 'nonsense', expected any of quadratic"),
         ("studies.estimators", ["--draws", "0"], "--draws is 0"),
         ("studies.estimators", ["--steps", "15"], "--steps is 15, expected a multiple of 10"),

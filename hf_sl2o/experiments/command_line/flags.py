@@ -48,14 +48,14 @@ FLAGS: dict[str, Expected] = {
     **dict.fromkeys(
         (
             "seeds", "dim", "lora_rank", "lora_alpha", "rank", "train_rows", "eval_rows", "validation_rows",
-            "trajectory_steps", "meta_epochs", "steps", "test_steps", "judge_steps", "draws", "base_steps",
+            "trajectory_steps", "meta_epochs", "steps", "test_steps", "judge_steps", "draws", "base_steps", "generations",
             "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
             "gradient_accumulation_steps", "eval_steps", "logging_steps", "save_steps",
             "image_size", "shuffle_buffer", "processes", "rounds", "save_total_limit",
         ),
         whole(1),
     ),
-    **dict.fromkeys(("snapshots", "inner_steps", "unroll_length", "unroll_lengths"), whole(2)),
+    **dict.fromkeys(("snapshots", "inner_steps", "unroll_length", "unroll_lengths", "population"), whole(2)),
     "lengths": whole(10),
     **dict.fromkeys(("seed", "data_seed"), whole(0, 2**32 - 10_000)),  # numpy takes no others
     **dict.fromkeys(
