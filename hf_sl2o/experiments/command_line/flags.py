@@ -48,8 +48,8 @@ FLAGS: dict[str, Expected] = {
     **dict.fromkeys(
         (
             "seeds", "dim", "lora_rank", "lora_alpha", "rank", "train_rows", "eval_rows", "validation_rows",
-            "trajectory_steps", "meta_epochs", "steps", "test_steps", "judge_steps", "draws", "base_steps", "generations",
-            "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+            "trajectory_steps", "meta_epochs", "steps", "test_steps", "judge_steps", "draws", "base_steps",
+            "generations", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
             "gradient_accumulation_steps", "eval_steps", "logging_steps", "save_steps",
             "image_size", "shuffle_buffer", "processes", "rounds", "save_total_limit",
         ),
