@@ -5,12 +5,16 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 TORCH := torch==2.13.0
 WORKERS ?= 2
+# Of `make reproduce`: small, or paper, which prints commands for machines with GPUs.
+SIZE ?= small
+DATA ?= $(or $(HF_SL2O_DATA),embedded)
 
-.PHONY: help test demo lint clean
+.PHONY: help test demo lint reproduce clean
 
 help:
 	@echo "make test    installs into .venv and runs the test suite"
 	@echo "make demo    installs into .venv and trains GPT-2 in a learned subspace beside its baselines (minutes, CPU)"
+	@echo "make reproduce  redoes what is missing of the paper's supplement (hours, CPU; DATA=FOLDER of e2e_nlg and cifar10)"
 	@echo "make lint    ruff check, ruff format --check, mypy, and who may import whom (layers.toml)"
 	@echo "make clean   removes .venv and caches"
 	@echo
@@ -30,6 +34,9 @@ test: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python recipes/gpt2_e2e.py --demo --output_dir outputs/demo
+
+reproduce: $(STAMP)
+	$(BIN)/python recipes/reproduce.py --size $(SIZE) --data $(DATA)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,0 +1,109 @@
+"""The list of the supplement's tables and figures: its commands are real, its verdicts follow the files."""
+
+import dataclasses
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from hf_sl2o.experiments import supplement
+from hf_sl2o.experiments.supplement import ENTRIES, NOT, NOT_ATTEMPTED, REPRODUCED, SMALL
+from recipes import reproduce
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "recipes" / "results"
+
+
+def results_of(entry):
+    return {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in entry.files}
+
+
+def test_every_table_and_figure_of_the_supplement_is_in_the_list():
+    named = " ".join(entry.name for entry in ENTRIES)
+    figures = {int(n) for n in re.findall(r"figures? (\d)", named)} | {5}  # "figures 4 and 5"
+    assert figures == set(range(1, 8)) and "4 and 5" in named
+    assert all(f"table {n}" in named for n in range(1, 5))
+    assert sum(entry.minutes for entry in ENTRIES) <= 180
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if e.files], ids=lambda entry: entry.name)
+def test_its_commands_are_of_scripts_that_are_there(entry, tmp_path):
+    options = type("O", (), {"data": "embedded", "results": tmp_path, "output_dir": tmp_path / "out"})
+    for name, command in entry.files.items():
+        words = reproduce.words_of(command, name, options)
+        assert (ROOT / words[1]).is_file() and not any("{" in word for word in words)
+        source = (ROOT / words[1]).read_text()
+        assert "--data" not in words or "data" in source
+        assert str(tmp_path) in shlex.join(words)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_a_verdict_is_one_of_four_and_follows_the_file(entry):
+    if any(not (RESULTS / f"{name}.json").is_file() for name in entry.files):
+        assert reproduce.verdict_of(entry, RESULTS)[0] == "not run yet"
+        return
+    word, text = entry.verdict(results_of(entry))
+    assert word in (REPRODUCED, SMALL, NOT, NOT_ATTEMPTED) and text
+    assert (word, text) == reproduce.verdict_of(entry, RESULTS)
+
+
+def test_other_numbers_change_the_verdict():
+    by_name = {entry.name: entry for entry in ENTRIES}
+    figure_2 = results_of(by_name["figure 2"])
+    assert supplement.figure_2(figure_2)[0] == SMALL
+    for point in figure_2["gpt2_e2e"]["runs"]["sl2o"]["eval"]:
+        point[1] += 1.0
+    assert supplement.figure_2(figure_2)[0] == NOT
+    transfer = results_of(by_name["table 3"])
+    assert supplement.table_3(transfer)[0] == SMALL and supplement.section_2_7(transfer)[0] == SMALL
+    transfer["study_transfer"]["summary"]["l2o-dm, this task"]["final_eval_loss"] = 1.0
+    assert supplement.section_2_7(transfer)[0] == NOT
+    rows = [{"from": "paper", "complexity": 9, "pearson_r_test": 0.9}]
+    rows += [{"from": "found", "complexity": n, "pearson_r_test": r} for n, r in ((7, 0.96), (12, 0.99))]
+    symbolic = {"study_symbolic": {"table": rows, "ceiling": {"pearson_r": 0.99}}}
+    assert supplement.table_2(symbolic)[0] == SMALL and "0.960" in supplement.table_2(symbolic)[1]
+    rows[1]["pearson_r_test"] = 0.7
+    assert supplement.table_2(symbolic)[0] == NOT  # the one of 12 is longer than the paper's
+
+
+def test_what_is_there_is_not_run_again_and_the_page_is_written(tmp_path, monkeypatch, capsys):
+    script = tmp_path / "work.py"
+    script.write_text(
+        "import sys, pathlib, json\n"
+        "out = pathlib.Path(sys.argv[2]); out.mkdir(parents=True)\n"
+        "(out / 'comparison.json').write_text(json.dumps({'value': 3}))\n"
+    )
+    entry = dataclasses.replace(
+        ENTRIES[1],
+        files={"made": f"python {script} --out {{out}}"},
+        verdict=lambda r: (SMALL, f"{r['made']['value']}"),
+    )
+    monkeypatch.setattr(reproduce, "ENTRIES", (entry,))
+    words = ["--results", str(tmp_path / "results"), "--output_dir", str(tmp_path / "out")]
+    assert reproduce.main([*words, "--list"]) == {"figure 1": "not run yet"}
+    assert not (tmp_path / "results").exists()
+    assert reproduce.main(words) == {"figure 1": SMALL}
+    page = (tmp_path / "results" / "REPRODUCTION.md").read_text()
+    assert "| figure 1 |" in page and SMALL in page and "made.json" in page
+    script.write_text("raise SystemExit(1)")  # it is not run again
+    assert reproduce.main(words) == {"figure 1": SMALL}
+    assert "made.json is there" in capsys.readouterr().out
+    (tmp_path / "results" / "made.json").write_text('{"other": 1}')
+    with pytest.raises(ValueError, match="is of another version of its command"):
+        reproduce.main(words)
+    shutil.rmtree(tmp_path / "results")
+    with pytest.raises(RuntimeError, match="failed with exit code 1"):
+        reproduce.main(words)
+
+
+def test_a_name_that_is_none(tmp_path):
+    with pytest.raises(ValueError, match="--only has 'figure 9', expected some of table 1, figure 1"):
+        reproduce.main(["--only", "figure 9", "--list"])
+
+
+def test_the_papers_size_is_printed_and_not_run(capsys):
+    assert reproduce.main(["--size", "paper"]) == {}
+    assert "recipes/vit_imagenet.py" in capsys.readouterr().out
