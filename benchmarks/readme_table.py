@@ -21,6 +21,11 @@ BLOCKS = {
     "rule-default-lora": ROOT / "recipes" / "results" / "rule_default_lora.json",
     "pretrained": ROOT / "recipes" / "results" / "pretrained.json",
     "pretrained-300": ROOT / "recipes" / "results" / "pretrained_300.json",
+    "pretrained-long": ROOT / "recipes" / "results" / "pretrained_1000.json",
+    "pretrained-vit": ROOT / "recipes" / "results" / "pretrained_vit_2000.json",
+    "pretrained-rates": ROOT / "recipes" / "results" / "pretrained_rates.json",
+    "pretrained-choosing": ROOT / "recipes" / "results" / "pretrained_choosing.json",
+    "rule-default-pretrained": ROOT / "recipes" / "results" / "rule_default_pretrained.json",
     "rule-step": ROOT / "benchmarks" / "results" / "rule_step.json",
     "meta-cost": ROOT / "benchmarks" / "results" / "meta_training.json",
     "meta-processes": ROOT / "benchmarks" / "results" / "meta_processes.json",
@@ -173,6 +178,41 @@ def pretrained(result: dict) -> str:  # type: ignore[type-arg]
     return "\n".join(lines)
 
 
+def rates(result: dict) -> str:  # type: ignore[type-arg]
+    """Final losses of the rule at rates that are wrong, over that at 1."""
+    given = [f"{rate:g}" for rate in result["recipe"]["learning_rates"]]
+    lines = [
+        "| task, steps | loss at 1 | " + " | ".join(f"at {rate}" for rate in given) + " | largest over smallest |"
+    ]
+    lines.append("|---" * (len(given) + 3) + "|")
+    for name, cell in result["cells"].items():
+        losses = {rate: cell["runs"][f"sl2o_x{rate}"]["final_eval_loss"] for rate in given}
+        shares = [f"{losses[rate] / losses['1']:.3f}" for rate in given]
+        spread = result["spread_over_rates"]["cells"][name]
+        lines.append(f"| {name} | {losses['1']:.4g} | {' | '.join(shares)} | {spread:.3f} |")
+    mean = result["spread_over_rates"]["geometric_mean"]
+    return "\n".join([*lines, "", f"{result['recipe']['seeds']} seeds; geometric mean {mean:.3f}. {made_at(result)}."])
+
+
+def choosing(result: dict) -> str:  # type: ignore[type-arg]
+    """Final losses of the shipped rule, and of the other designs over them, on the networks for choosing."""
+    others = {"with distance": "pretrained_choosing_distance", "longer runs": "pretrained_choosing_long"}
+    results = {name: load_json(ROOT / "recipes" / "results" / f"{file}.json") for name, file in others.items()}
+    lines = ["| task, steps | shipped | " + " | ".join(f"{name}, over it" for name in results) + " |"]
+    lines.append("|---" * (len(results) + 2) + "|")
+    means = dict.fromkeys(results, 1.0)
+    for cell, entry in result["cells"].items():
+        ours = entry["runs"]["sl2o"]["final_eval_loss"]
+        ratios = {
+            name: other["cells"][cell]["runs"]["sl2o"]["final_eval_loss"] / ours for name, other in results.items()
+        }
+        means = {name: means[name] * ratio for name, ratio in ratios.items()}
+        lines.append(f"| {cell} | {ours:.4g} | {' | '.join(f'{ratio:.3f}' for ratio in ratios.values())} |")
+    mean = [f"{value ** (1 / len(result['cells'])):.3f}" for value in means.values()]
+    lines.append(f"| geometric mean | | {' | '.join(mean)} |")
+    return "\n".join([*lines, "", f"Averaged, {result['recipe']['seeds']} seeds. {made_at(result)}."])
+
+
 def meta_cost(result: dict) -> str:  # type: ignore[type-arg]
     lines = ["| | ratio |", "|---|---|"]
     lines += [f"| {row['name']} | {row['ratio']:.2f} |" for row in result["rows"] if row.get("ratio") is not None]
@@ -248,6 +288,11 @@ MAKE = {
     "rule-default-lora": rule,
     "pretrained": pretrained,
     "pretrained-300": pretrained,
+    "pretrained-long": pretrained,
+    "pretrained-vit": pretrained,
+    "pretrained-rates": rates,
+    "pretrained-choosing": choosing,
+    "rule-default-pretrained": rule,
     "rule-step": step_cost,
     "meta-cost": meta_cost,
     "meta-processes": meta_processes,
