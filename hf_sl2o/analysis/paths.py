@@ -9,6 +9,7 @@ import torch
 
 from ..meta import Task, train_on
 from ..rules import Rule, RuleConfig
+from ..rules.inputs import log_and_sign
 
 
 @dataclass(frozen=True)
@@ -186,8 +187,6 @@ def response(rule: Rule, m: torch.Tensor, g: torch.Tensor, *, steps: int = 20) -
     check_sees_only_m_and_g(rule)
     columns = torch.stack([m.flatten(), g.flatten()], dim=-1).float()  # (N, 2)
     if rule.config.log_sign is not None:
-        from ..rules.inputs import log_and_sign
-
         columns = log_and_sign(columns, rule.config.log_sign)
     state = rule.init_state(len(columns))
     output, hidden, cell = torch.zeros(len(columns)), state.hidden, state.cell
