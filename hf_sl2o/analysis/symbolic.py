@@ -164,8 +164,8 @@ class _Search:
         forms += [Node("*", (_number(slope), core))] if "*" in self.operators else []
         shift = next((name for name in ("+", "-") if name in self.operators), None)
         for form in list(forms) if shift else ():
-            by = float((self.delta - _values(form, self.m, self.g)).mean())
-            forms.append(Node(str(shift), (form, _number(by if shift == "+" else -by))))
+            by = float((self.delta - _values(form, self.m, self.g)).mean()) * (1 if shift == "+" else -1)
+            forms.append(Node(str(shift), (form, _number(by))))
         return [_tidy(form, self.signs) for form in forms]
 
     def grow(self, size: int) -> Node:
@@ -310,10 +310,13 @@ def score_expression(text: str, m: Any, g: Any, delta: Any) -> dict[str, float |
             f"the expression {node} is {values[i]} at sample {i}, where m = {samples[0][i]:g} and g = "
             f"{samples[1][i]:g} ({wrong.sum():,} such in all); leave those out, or bound it, with tanh say"
         )
-    flat = np.ptp(values) == 0 or np.ptp(samples[2]) == 0
     with np.errstate(over="ignore"):  # an error of more than float64 holds is inf
         mse = float(np.square(values - samples[2]).mean())
-    r = None if flat else float(np.corrcoef(values / np.abs(values).max(), samples[2])[0, 1])
+    r = (
+        None
+        if 0 in (np.ptp(values), np.ptp(samples[2]))
+        else float(np.corrcoef(values / np.abs(values).max(), samples[2])[0, 1])
+    )
     return {"mse": mse, "pearson_r": r}
 
 
@@ -326,9 +329,7 @@ def _samples(m: Any, g: Any, delta: Any, least: int) -> list[np.ndarray]:
             raise ValueError(f"{name} has shape {array.shape}, expected (N,): a number a sample; flatten it")
         wrong = ~(np.abs(array) <= np.finfo(np.float32).max)
         if wrong.any():
-            raise ValueError(
-                f"{name} holds {array[wrong][0]}, expected finite numbers of fp32; leave out such samples"
-            )
+            raise ValueError(f"{name} holds {array[wrong][0]}, expected finite numbers of fp32; leave out such")
         arrays.append(array)
     sizes = [len(array) for array in arrays]
     if len(set(sizes)) > 1:
@@ -355,8 +356,7 @@ def fit_symbolic(
 
     Args:
         m, g, delta (`np.ndarray` of shape `(N,)`, or what becomes one): m~, g~ and the update, N at least 50.
-        functions (`Sequence[str]`, *optional*): Those it may use; all of the grammar by default.
-        operators (`Sequence[str]`, *optional*): Likewise.
+        functions, operators (`Sequence[str]`, *optional*): Those it may use; all of the grammar by default.
         max_complexity (`int`, *optional*, defaults to 15): Most numbers, variables, operators and functions in one.
         generations, population (`int`, *optional*): How long to search, and among how many.
         seed (`int`, *optional*, defaults to 0): The same seed finds the same expressions.
@@ -372,8 +372,12 @@ def fit_symbolic(
     Example:
 
     ```python
-    >>> front = fit_symbolic(m, g, delta)  # 10,000 samples of a run
-    >>> RuleConfig(expression=front[-1].text)
+    >>> import numpy as np
+    >>> from hf_sl2o.analysis.symbolic import fit_symbolic
+    >>> m, g = np.random.default_rng(0).normal(size=(2, 200))
+    >>> front = fit_symbolic(m, g, 0.2 * np.tanh(g), generations=3, population=40, progress=False)
+    >>> front[-1].score(m, g, 0.2 * np.tanh(g))["pearson_r"] > 0.999
+    True
     ```
     """
     check_integer("max_complexity", max_complexity, 1, 60)

@@ -121,6 +121,26 @@ PLANS = {
     ),
 }
 
+# Judged, and not shipped (RESULTS.md): better on its own tasks, far behind on larger networks.
+PLANS["default-lora-longer"] = Plan(
+    PLANS["default-lora"].config,
+    (
+        *PLANS["default-lora"].stages,
+        Stage(
+            PLANS["default-lora"].stages[-1].tasks,
+            {
+                **EVOLVED,
+                "inner_steps": 600,
+                "curriculum": [300, 1000, 600] * 7,
+                "meta_epochs": 21,
+                "eval_every": 3,
+                "meta_learning_rate": 0.005,
+            },
+            PES(sigma=0.05),
+        ),
+    ),
+)
+
 
 @dataclass
 class MetaTrainArguments:

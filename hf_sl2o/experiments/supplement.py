@@ -119,7 +119,8 @@ def figures_4_and_5(results: Results) -> Verdict:
 
 def table_3(results: Results) -> Verdict:
     matrix = results["study_transfer"]["matrix"]
-    own, other = [], []
+    own: list[float] = []
+    other: list[float] = []
     for task, column in matrix.items():
         best = min(entry["final_eval_loss"] for entry in column.values())
         for row, entry in column.items():
