@@ -9,7 +9,8 @@ from scipy import special, stats
 
 from hf_sl2o import LSTMRule, RuleConfig, SymbolicRule
 from hf_sl2o.analysis import symbolic
-from hf_sl2o.analysis.symbolic import Fitted, fit_symbolic, score_expression
+from hf_sl2o.analysis.scores import Fitted, score_expression, values_of
+from hf_sl2o.analysis.symbolic import fit_symbolic
 from hf_sl2o.rules.config import EXPRESSIONS
 from hf_sl2o.rules.expressions import FUNCTIONS, OPERATORS, Node, parse
 
@@ -138,11 +139,11 @@ def test_values_of_every_function_for_one_and_for_several_expressions_at_once(na
         for scales in ([0.7], [0.7, -1.3, 2.0]):
             of = [ORACLE[name](x, g) if name in OPERATORS else ORACLE[name](x) for x in (s * m for s in scales)]
             several = symbolic._with_numbers(node, iter([torch.tensor(scales, dtype=torch.float64)[:, None]]))
-            found = symbolic._values(several, torch.tensor(m), torch.tensor(g))
+            found = values_of(several, torch.tensor(m), torch.tensor(g))
             np.testing.assert_allclose(found, np.array(of), rtol=1e-12)
     one = node(torch.tensor(m), torch.tensor(g)).numpy()
-    np.testing.assert_array_equal(symbolic._values(node, torch.tensor(m), torch.tensor(g)), one)
-    assert symbolic._values(Node("number", value=2.0), torch.tensor(m), torch.tensor(g)).tolist() == [2.0] * 300
+    np.testing.assert_array_equal(values_of(node, torch.tensor(m), torch.tensor(g)), one)
+    assert values_of(Node("number", value=2.0), torch.tensor(m), torch.tensor(g)).tolist() == [2.0] * 300
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_random_trees_keep_their_meaning_and_their_bounds():
         tree = search.grow(8)
         found = symbolic._tidy(tree, True)
         assert parse(str(found)).complexity == found.complexity <= tree.complexity
-        if np.isfinite(symbolic._values(tree, m, g)).all():
+        if np.isfinite(values_of(tree, m, g)).all():
             torch.testing.assert_close(found(m, g), tree(m, g), rtol=1e-6, atol=1e-9, equal_nan=True)
     for candidate in search.offer(parse("tanh(m) * g")):
         assert candidate.node.complexity == candidate.complexity <= 9

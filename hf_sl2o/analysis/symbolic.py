@@ -12,7 +12,6 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +20,8 @@ from tqdm.auto import tqdm
 
 from ..foundation.checked import check_flag, check_integer, shown
 from ..rules import RuleConfig, SymbolicRule
-from ..rules.config import EXPRESSIONS
 from ..rules.expressions import FUNCTIONS, OPERATORS, Node, parse
+from .scores import Fitted, checked_samples, score_expression, values_of
 
 _LEAST, _SAMPLE = 50, 1000  # samples: at least, and to evolve on
 _TRIES, _FRONTS = 10, 4  # starts of the numbers of a shape; fronts that are fitted to all points in the end
@@ -30,12 +29,6 @@ _ODD = ("tanh", "sinh", "asinh", "sign")
 _NUMBER = re.compile(r"(?<!\*\* )(?<![-\w.])(?:\(-(\d[-+\d.e]*)\)|\d[-+\d.e]*)")  # but no exponent
 _MET = torch.cartesian_prod(*[torch.linspace(-31.6, 31.6, 9)] * 2).unbind(-1)  # fp32; about what SymbolicRule tries
 _number = functools.partial(Node, "number", ())
-
-
-def _values(node: Node, m: torch.Tensor, g: torch.Tensor) -> np.ndarray:
-    """Values `(N,)`; `(k, N)` of a node whose numbers are tensors `(k, 1)`, which stands for k expressions."""
-    value = torch.as_tensor(node._of(m, g), dtype=m.dtype).numpy()
-    return value if value.shape[-1:] == m.shape else np.broadcast_to(value, (*value.shape[:-1], len(m)))
 
 
 def _numbers(node: Node) -> list[float]:
@@ -66,7 +59,7 @@ def _tidy(node: Node, signs: bool) -> Node:
         return node
     name, of = node.name, tuple(_tidy(part, signs) for part in node.of)
     if all(part.name == "number" for part in of):
-        value = float(_values(Node(name, of), torch.zeros(1).double(), torch.zeros(1).double())[0])
+        value = float(values_of(Node(name, of), torch.zeros(1).double(), torch.zeros(1).double())[0])
         return _number(value) if np.isfinite(value) else Node(name, of)
     if name in ("+", "*"):
         first, last = sorted(
@@ -141,7 +134,7 @@ class _Search:
     def offer(self, tree: Node) -> Iterator[_Candidate]:
         """The tree without its outer numbers, as it is, scaled, shifted and both, with numbers fitted."""
         core = _core(_tidy(tree, self.signs))
-        if core.complexity > self.most or not np.isfinite(_values(core, *_MET)).all():
+        if core.complexity > self.most or not np.isfinite(values_of(core, *_MET)).all():
             return
         for node in self._scaled(core):
             shape, size = _NUMBER.sub("#", str(node)), node.complexity
@@ -152,19 +145,19 @@ class _Search:
             best = min((c.mse for front, c in self.alive if not front and c.complexity <= size), default=0.0)
             if _numbers(core) and mse < 2 * best:
                 node, mse = _fit(node, self.m, self.g, self.delta, steps=12)
-            if np.isfinite(mse) and np.isfinite(_values(node, *_MET)).all():
+            if np.isfinite(mse) and np.isfinite(values_of(node, *_MET)).all():
                 yield _Candidate(size, mse, shape, node)
 
     def _scaled(self, core: Node) -> list[Node]:
         """h, b h, h + a and b h + a, as far as there are operators for it."""
-        values = _values(core, self.m, self.g)
+        values = values_of(core, self.m, self.g)
         center = values - values.mean()
         slope = float(center @ self.delta / max(center @ center, 1e-300))
         forms = [Node("neg", (core,)) if slope < 0 and "-" in self.operators else core]
         forms += [Node("*", (_number(slope), core))] if "*" in self.operators else []
         shift = next((name for name in ("+", "-") if name in self.operators), None)
         for form in list(forms) if shift else ():
-            by = float((self.delta - _values(form, self.m, self.g)).mean()) * (1 if shift == "+" else -1)
+            by = float((self.delta - values_of(form, self.m, self.g)).mean()) * (1 if shift == "+" else -1)
             forms.append(Node(str(shift), (form, _number(by))))
         return [_tidy(form, self.signs) for form in forms]
 
@@ -233,14 +226,14 @@ def _fit(node: Node, m: torch.Tensor, g: torch.Tensor, delta: np.ndarray, steps:
     """Fits the numbers in an expression by Levenberg-Marquardt; returns it and its mean squared error."""
 
     def error(x: np.ndarray) -> float:
-        return float(np.square(_values(_with_numbers(node, iter(x.tolist())), m, g) - delta).mean())
+        return float(np.square(values_of(_with_numbers(node, iter(x.tolist())), m, g) - delta).mean())
 
     x = np.array(_numbers(node))
     mse, damping = error(x), 1e-2
     for _ in range(steps if len(x) and np.isfinite(mse) else 0):
         width = 1e-6 * np.maximum(np.abs(x), 1e-3)
         moved = x[:, None] + np.column_stack([np.zeros_like(x), np.diag(width)])  # (k, k + 1)
-        values = _values(_with_numbers(node, iter(torch.from_numpy(moved[..., None]))), m, g)  # (k + 1, N)
+        values = values_of(_with_numbers(node, iter(torch.from_numpy(moved[..., None]))), m, g)  # (k + 1, N)
         slopes = (values[1:] - values[0]) / width[:, None]
         curvature, slope, before = slopes @ slopes.T, slopes @ (delta - values[0]), mse
         if not np.isfinite(curvature).all():
@@ -271,72 +264,6 @@ def _finished(node: Node, signs: bool, m: np.ndarray, g: np.ndarray, delta: np.n
         if found.mse <= 1.001 * mse + 1e-8 * delta.var():
             break
     return found
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """An expression for `RuleConfig(expression=text)`, its complexity, and its error on what it was fitted to."""
-
-    text: str
-    complexity: int
-    mse: float
-
-    def score(self, m: Any, g: Any, delta: Any) -> dict[str, float | None]:
-        """Its mean squared error and Pearson's R on other samples, as [`score_expression`]."""
-        return score_expression(self.text, m, g, delta)
-
-
-def score_expression(text: str, m: Any, g: Any, delta: Any) -> dict[str, float | None]:
-    """Scores an expression on samples of a rule.
-
-    Args:
-        text (`str`): The expression, or the name of one of Table 2 ([`EXPRESSIONS`]).
-        m, g, delta (`np.ndarray` of shape `(N,)`, or what becomes one): m~, g~ and the update.
-
-    Returns:
-        `mse`, and `pearson_r`: None where the expression or delta is the same everywhere.
-
-    Raises:
-        `ValueError`: the text is no expression, the samples are not finite or of different lengths, or the expression
-            is not finite at one of them.
-    """
-    samples = _samples(m, g, delta, least=1)
-    node = parse(EXPRESSIONS.get(text, text))
-    values = _values(node, *map(torch.from_numpy, samples[:2]))
-    wrong = ~np.isfinite(values)
-    if wrong.any():
-        i = int(wrong.argmax())
-        raise ValueError(
-            f"the expression {node} is {values[i]} at sample {i}, where m = {samples[0][i]:g} and g = "
-            f"{samples[1][i]:g} ({wrong.sum():,} such in all); leave those out, or bound it, with tanh say"
-        )
-    with np.errstate(over="ignore"):  # an error of more than float64 holds is inf
-        mse = float(np.square(values - samples[2]).mean())
-    r = (
-        None
-        if 0 in (np.ptp(values), np.ptp(samples[2]))
-        else float(np.corrcoef(values / np.abs(values).max(), samples[2])[0, 1])
-    )
-    return {"mse": mse, "pearson_r": r}
-
-
-def _samples(m: Any, g: Any, delta: Any, least: int) -> list[np.ndarray]:
-    """Returns float64 copies; raises `ValueError` on what is no sample of a rule."""
-    arrays = []
-    for name, given in (("m", m), ("g", g), ("delta", delta)):
-        array = np.array(given.detach().cpu().double().numpy() if torch.is_tensor(given) else given, dtype=np.float64)
-        if array.ndim != 1:
-            raise ValueError(f"{name} has shape {array.shape}, expected (N,): a number a sample; flatten it")
-        wrong = ~(np.abs(array) <= np.finfo(np.float32).max)
-        if wrong.any():
-            raise ValueError(f"{name} holds {array[wrong][0]}, expected finite numbers of fp32; leave out such")
-        arrays.append(array)
-    sizes = [len(array) for array in arrays]
-    if len(set(sizes)) > 1:
-        raise ValueError(f"m, g and delta have {sizes} numbers, expected as many of each: sample them together")
-    if sizes[0] < least:
-        raise ValueError(f"there are {sizes[0]} samples, expected at least {least}; the paper takes 10,000")
-    return arrays
 
 
 def fit_symbolic(
@@ -389,7 +316,7 @@ def fit_symbolic(
         unknown = [given] if isinstance(given, str) else [name for name in given if name not in known]
         if unknown:
             raise ValueError(f"{kind} has {shown(unknown[0])}, expected a list of some of {', '.join(known)}")
-    samples = _samples(m, g, delta, _LEAST)
+    samples = checked_samples(m, g, delta, _LEAST)
     for name, array in zip(("m", "g", "delta"), samples, strict=True):
         if np.ptp(array) <= 1e-12 * np.abs(array).max() or np.ptp(array) < 1e-30:
             raise ValueError(f"{name} is {array[0]:g} in all samples, expected one that varies; sample a whole run")

@@ -20,7 +20,8 @@ import torch
 
 from hf_sl2o import LSTMRule, MetaTrainer, MetaTrainingArguments, Rule, RuleConfig, SymbolicRule, Task
 from hf_sl2o.analysis.paths import Samples, record_path, samples_of
-from hf_sl2o.analysis.symbolic import fit_symbolic, score_expression
+from hf_sl2o.analysis.scores import score_expression
+from hf_sl2o.analysis.symbolic import fit_symbolic
 from hf_sl2o.experiments.command_line.flags import parse_options
 from hf_sl2o.experiments.command_line.script import run_script
 from hf_sl2o.experiments.command_line.study import finish, study_parser
