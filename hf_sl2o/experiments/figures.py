@@ -140,7 +140,13 @@ def plot_cells(cells: Mapping[str, Mapping[str, Any]], columns: int, path: str |
             axis.tick_params(which="both", labelsize=7)
             axis.grid(alpha=0.3, which="both")
         lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
-        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), 6), fontsize=8)
+        figure.legend(
+            lines.values(),
+            lines.keys(),
+            loc="outside lower center",
+            ncols=min(len(lines), 2 * columns + 1, 6),
+            fontsize=8,
+        )
 
 
 def draw(axis: Any, curves: Sequence[Sequence[Sequence[float]]], label: str, colour: str, ours: bool) -> None:
