@@ -3,8 +3,10 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
+from hf_sl2o.experiments.supplement import first_three, updates_of
 from hf_sl2o.experiments.tasks import problems
 from recipes.studies import directions, symbolic
 
@@ -29,13 +31,18 @@ def test_directions(tmp_path):
     runs = result["tasks"]["digits-mlp"]["runs"]
     assert list(runs) == ["momentum", "SL2O (paper-cnn)", "SL2O (default)"]
     for run in runs.values():
-        assert len(run["coefficients"]) == 21 and len(run["updates"]) == len(run["length"]) == 20
-        assert sum(run["share_of_direction"]) == pytest.approx(1, abs=1e-2)
-        moved = [a - b for a, b in zip(run["coefficients"][3], run["coefficients"][4], strict=True)]
-        assert moved == pytest.approx(run["updates"][3], abs=1e-3)
-        assert run["length"][3] == pytest.approx(sum(x * x for x in run["updates"][3]) ** 0.5, rel=1e-2)
-    assert runs["momentum"]["updates"] != runs["SL2O (default)"]["updates"]
-    assert len(result["response"]["SL2O (paper-cnn)"]) == 61
+        assert len(run["coefficients"]) == 21 and len(run["coefficients"][0]) == 40
+        updates = np.diff(np.array(run["coefficients"]), axis=0)
+        assert np.allclose(updates, -np.array(updates_of(run["coefficients"])))
+        squares = np.square(updates).sum(axis=0)
+        np.testing.assert_allclose(run["share_of_direction"], squares / squares.sum(), atol=1e-2)
+        lengths = np.linalg.norm(updates, axis=1)
+        assert run["last_over_first_quarter"] == pytest.approx(lengths[-5:].mean() / lengths[:5].mean(), rel=2e-2)
+        three = np.square(updates[:, :3])
+        expected = (three[-5:].mean() / three[:5].mean()) ** 0.5
+        assert first_three(run["coefficients"]) == pytest.approx(expected, rel=1e-6)
+    assert runs["momentum"]["coefficients"] != runs["SL2O (default)"]["coefficients"]
+    assert len(result["response"]["SL2O (paper-cnn)"]) == 31
     assert (tmp_path / "d.png").stat().st_size > 5000
     assert json.loads((tmp_path / "d.json").read_text())["environment"]["commit"]
 

@@ -11,6 +11,7 @@ on.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,42 +25,41 @@ from hf_sl2o.experiments.command_line.script import run_script
 from hf_sl2o.experiments.command_line.study import finish, study_parser
 from hf_sl2o.experiments.figures import canvas
 from hf_sl2o.experiments.on_task import TaskArm, compare_on
+from hf_sl2o.experiments.supplement import updates_of
 from hf_sl2o.experiments.tasks.named import arms_of, check_tasks, learned, subspace_task
 from hf_sl2o.rules import SHIPPED_RULES
 
 TASKS = ("cifar-resnet20", "e2e-gpt2")
 NAMED = 3  # directions that have a line of their own
-SIDE = torch.linspace(-3, 3, 61)  # of m~ and of g~
+SIDE = torch.linspace(-3, 3, 31)  # of m~ and of g~
 
 
 def rounded(values: torch.Tensor) -> list[Any]:
-    return [[float(f"{value:.5g}") for value in row] for row in values.tolist()]
+    return [[float(f"{value:.4g}") for value in row] for row in values.tolist()]
 
 
 def described(course: Course) -> dict[str, Any]:
-    """What is kept of a run: coefficients and updates of each step, (T, d), what a direction's share is, lengths."""
+    """What is kept of a run: its coefficients, (T + 1, d), each direction's share of the updates, how they shorten."""
     shares = course.updates.square().sum(dim=0) / course.updates.square().sum()  # (d,)
-    lengths = course.lengths
-    quarters = [float(part.mean()) for part in lengths.chunk(4)]
+    quarters = [float(part.mean()) for part in course.lengths.chunk(4)]
     return {
         "coefficients": rounded(course.coefficients),
-        "updates": rounded(course.updates),
         "share_of_direction": [float(f"{share:.4g}") for share in shares],
-        "length": [float(f"{length:.5g}") for length in lengths],
         "length_of_quarters": quarters,
         "last_over_first_quarter": quarters[-1] / quarters[0],
-        "train_loss": [float(f"{loss:.5g}") for loss in course.train_loss],
     }
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
     arms = result["arms"]
     rows = [(task, arm) for task in result["tasks"] for arm in arms]
-    with canvas(path, len(rows) + 1, 4, figsize=(17, 2.9 * (len(rows) + 1))) as (_, axes):
+    with canvas(path, len(rows) + 1, 4, figsize=(13, 2.2 * (len(rows) + 1))) as (_, axes):
         for row, (task, arm) in zip(axes, rows, strict=False):
             run = result["tasks"][task]["runs"][arm]
-            for axis, key, label in ((row[0], "updates", "update"), (row[1], "coefficients", "coefficient")):
-                columns = list(zip(*run[key], strict=True))
+            updates = updates_of(run["coefficients"])
+            drawn = ((row[0], updates, "update"), (row[1], run["coefficients"], "coefficient"))
+            for axis, values, label in drawn:
+                columns = list(zip(*values, strict=True))
                 for index in reversed(range(len(columns))):
                     named = index < NAMED
                     axis.plot(
@@ -67,11 +67,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
                         linestyle=("-", "--", ":")[index] if named else "-", zorder=3 if named else 1,
                         label=f"$u_{{{index + 1}}}$" if named else "_",
                     )  # fmt: skip
-                axis.set(title=f"{task}, {arm}: {label}s", xlabel="step", ylabel=f"{label} (whitened units)")
+                axis.set(title=f"{task}, {arm}", xlabel="step", ylabel=f"{label} (whitened units)")
                 axis.legend(fontsize=7)
             row[2].bar(range(1, len(run["share_of_direction"]) + 1), run["share_of_direction"], color="0.4")
             row[2].set(title="share of each direction", xlabel="principal direction", ylabel="of the squared updates")
-            row[3].plot(run["length"], color="0.2")
+            row[3].plot([math.hypot(*update) for update in updates], color="0.2")
             row[3].set(title="length of the update", xlabel="step", ylabel="norm (whitened units)", yscale="log")
         for axis, (name, values) in zip(axes[-1], result["response"].items(), strict=False):
             extent = (float(SIDE[0]), float(SIDE[-1])) * 2
