@@ -195,15 +195,27 @@ def cifar(
 # Text
 
 
-def e2e_gpt2(data: str) -> Problem:
-    """A GPT-2 of two layers on E2E; restaurants near something are held back."""
+def e2e_rows(data: str) -> tuple[dict[tuple[str, str], list[Any]], Any]:
+    """Rows of E2E by split and part, and a tokenizer trained on it; restaurants near something are held back."""
     source = data if data == "embedded" else str(Path(data) / "e2e_nlg")
     rows = {split: load_rows(source, split) for split in ("train", "validation")}
-    tokenizer = train_tokenizer(rows["train"])
-    sets = {}
-    for split, of_split in rows.items():
-        for part, wanted in (("base", False), ("held-back", True)):
-            sets[split, part] = E2EDataset([row for row in of_split if ("near[" in row["mr"]) == wanted], tokenizer)
+    parts = {
+        (split, part): [row for row in of_split if ("near[" in row["mr"]) == wanted]
+        for split, of_split in rows.items() for part, wanted in (("base", False), ("held-back", True))
+    }  # fmt: skip
+    return parts, train_tokenizer(rows["train"])
+
+
+def e2e_evaluation(dataset: E2EDataset) -> list[Any]:
+    """Four batches of 64 rows, evenly over the set."""
+    return [collate(dataset.examples[i::40][:64]) for i in range(4)]
+
+
+def e2e_gpt2(data: str) -> Problem:
+    """A GPT-2 of two layers on E2E; restaurants near something are held back."""
+    rows, tokenizer = e2e_rows(data)
+    sets = {key: E2EDataset(chosen, tokenizer) for key, chosen in rows.items()}
+    for split in ("train", "validation"):
         sets[split, "all"] = copy.copy(sets[split, "base"])
         sets[split, "all"].examples = sets[split, "base"].examples + sets[split, "held-back"].examples
 
@@ -219,7 +231,7 @@ def e2e_gpt2(data: str) -> Problem:
         seeded(build),
         lambda part, seed: endless_batches(sets["train", part], 32, seed),
         lm_loss,
-        lambda part: [collate(sets["validation", part].examples[i::40][:64]) for i in range(4)],
+        lambda part: e2e_evaluation(sets["validation", part]),
         3e-3,
         1200,
         r".*(c_attn|c_proj|c_fc)",

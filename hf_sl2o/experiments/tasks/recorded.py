@@ -43,6 +43,32 @@ def train(
         each(step)
 
 
+def record(
+    trajectory: Trajectory,
+    build_model: Callable[[], nn.Module],
+    loss: Loss,
+    batches: Callable[[int], Iterable[Any]],
+    *,
+    learning_rate: float,
+    steps: int,
+    name: str,
+    after: int = 0,
+) -> nn.Module:
+    """Trains a new model and writes its start and [`SNAPSHOTS`] of it; steps count from `after`. Returns the model."""
+    torch.manual_seed(SEED)
+    model = build_model()
+    model.train()
+    moved = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trajectory.write(after, moved)
+
+    def each(step: int) -> None:
+        if step % max(steps // (SNAPSHOTS - 1), 1) == 0:
+            trajectory.write(after + step, moved)
+
+    train(model, loss, iter(batches(SEED)), learning_rate=learning_rate, steps=steps, name=name, each=each)
+    return model
+
+
 def recorded_basis(
     where: Path,
     build_model: Callable[[], nn.Module],
@@ -68,17 +94,9 @@ def recorded_basis(
     def work() -> dict[str, Any]:
         trajectory = Trajectory(where / "trajectory")
         trajectory.clear()
-        torch.manual_seed(SEED)
-        model = build_model()
-        model.train()
-        moved = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        trajectory.write(0, moved)
-
-        def record(step: int) -> None:
-            if step % (steps // (SNAPSHOTS - 1)) == 0:
-                trajectory.write(step, moved)
-
-        train(model, loss, iter(batches(SEED)), learning_rate=learning_rate, steps=steps, name=where.name, each=record)
+        model = record(
+            trajectory, build_model, loss, batches, learning_rate=learning_rate, steps=steps, name=where.name
+        )
         basis = fit_basis(trajectory, dim, progress=False)
         basis.save_pretrained(where / "basis")
         trajectory.delete()
