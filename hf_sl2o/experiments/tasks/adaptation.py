@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,10 +29,13 @@ from . import problems
 from .named import pretrained_base
 from .problem import Problem, labels_of
 from .recorded import record
+from .texts import python_docs
 
 NAMES = ("e2e-gpt2", "cifar-vit")
-JUDGED = 1000  # test images whose loss chooses; the others give the accuracy
+JUDGED, SIZE = 2, 500  # batches of test images whose loss chooses, and their rows; the others give the accuracy
 FOODS = ("Chinese", "English", "French", "Indian", "Italian", "Japanese")
+TOPICS = "help topics"  # of Python: text of another kind
+FIGURES = "figures"  # generated images of the same size and number of classes
 
 #: Slices of the images: what is done to each, `(N, 3, 32, 32)` uint8.
 TRANSFORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -143,7 +145,7 @@ def adaptation(name: str, data: str, folder: Path, of: str = "") -> Adaptation:
     """
     if name not in NAMES:
         raise ValueError(f"there is no adaptation {name!r}, expected one of {', '.join(NAMES)}")
-    slices = ("", *(FOODS if name == "e2e-gpt2" else TRANSFORMS))
+    slices = ("", *((*FOODS, TOPICS) if name == "e2e-gpt2" else (*TRANSFORMS, FIGURES)))
     if of not in slices:
         raise ValueError(f"{name} has no slice {of!r}, expected one of {', '.join(slices[1:])}")
     problem, _, weights = pretrained_base(name, data, folder)
@@ -171,12 +173,16 @@ def _lora(build: Callable[[], nn.Module], problem: Problem, **options: Any) -> C
 
 def _texts(name: str, data: str, of: str, problem: Problem, build: Callable[[], nn.Module]) -> Adaptation:
     rows, tokenizer = problems.e2e_rows(data)
+    topics = python_docs(capitals=False)["base"]
+    pieces = [topics[start : start + 200] for start in range(0, len(topics), 200)]
 
-    def chosen(split: str) -> E2EDataset:
-        fits = re.compile(re.escape(f"food[{of}]") if of else "")
-        return E2EDataset([row for row in rows[split, "held-back"] if fits.search(row["mr"])], tokenizer)
+    def chosen(split: str) -> list[dict[str, str]]:
+        if of == TOPICS:
+            kept = [piece for place, piece in enumerate(pieces) if (place % 10 == 0) == (split == "validation")]
+            return [{"mr": "", "ref": piece} for piece in kept]
+        return [row for row in rows[split, "held-back"] if not of or f"food[{of}]" in row["mr"]]
 
-    train = chosen("train")
+    train, held_out = E2EDataset(chosen("train"), tokenizer), chosen("validation")
 
     def batches(indices: Sequence[int], seed: int) -> Iterator[Any]:
         part = copy.copy(train)
@@ -184,24 +190,25 @@ def _texts(name: str, data: str, of: str, problem: Problem, build: Callable[[], 
         return endless_batches(part, 32, seed)
 
     lora = _lora(build, problem, fan_in_fan_out=True)  # GPT-2's Conv1D keeps its weights transposed
-    evals = problems.e2e_evaluation(chosen("validation"))
+    # The validation split has some of the kitchens alone; a slice is small.
+    evals = problems.e2e_evaluation(E2EDataset(held_out, tokenizer), 10 if of else 40) if held_out else []
     return Adaptation(name, build, lora, problem.loss, len(train), batches, evals, problem.learning_rate)
 
 
 def _images(name: str, data: str, of: str, problem: Problem, build: Callable[[], nn.Module]) -> Adaptation:
-    source, classes = data if data == "embedded" else str(Path(data) / "cifar10"), tuple(labels_of("held-back", 10))
-    transform = TRANSFORMS[of or "upright"]
+    source = "embedded" if of == FIGURES or data == "embedded" else str(Path(data) / "cifar10")
+    classes = tuple(labels_of("held-back", 10))
+    transform = TRANSFORMS.get(of, TRANSFORMS["upright"])
     sets = {split: problems.cached_cifar(source, split, classes) for split in ("train", "test")}
     images, clean = transform(sets["train"][0]), sets["train"][1]
     tests = transform(sets["test"][0])
     order = torch.randperm(len(tests), generator=torch.Generator().manual_seed(3))  # the classes may be sorted
-    parts = [(normalize(tests[rows]), sets["test"][1][rows]) for rows in order.split(500)]
-    judged = max(1, min(JUDGED, len(tests) // 2) // 500)
+    parts = [(normalize(tests[rows]), sets["test"][1][rows]) for rows in order.split(SIZE)]
 
     @torch.no_grad()
     def accuracy(model: nn.Module) -> float:
-        right = [(model(x).argmax(1) == y).float().mean() for x, y in parts[judged:]]
-        return float(torch.stack(right).mean())
+        right = [model(x).argmax(1) == y for x, y in parts[JUDGED:]]
+        return float(torch.cat(right).float().mean())
 
     def of_labels(labels: torch.Tensor) -> Adaptation:
         def batches(indices: Sequence[int], seed: int) -> Iterator[Any]:
@@ -213,7 +220,7 @@ def _images(name: str, data: str, of: str, problem: Problem, build: Callable[[],
 
         lora = _lora(build, problem, modules_to_save=["classifier"])
         return Adaptation(
-            name, build, lora, problem.loss, len(clean), batches, parts[:judged], problem.learning_rate, accuracy,
+            name, build, lora, problem.loss, len(clean), batches, parts[:JUDGED], problem.learning_rate, accuracy,
             relabelled,
         )  # fmt: skip
 

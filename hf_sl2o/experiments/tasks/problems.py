@@ -206,9 +206,9 @@ def e2e_rows(data: str) -> tuple[dict[tuple[str, str], list[Any]], Any]:
     return parts, train_tokenizer(rows["train"])
 
 
-def e2e_evaluation(dataset: E2EDataset) -> list[Any]:
-    """Four batches of 64 rows, evenly over the set."""
-    return [collate(dataset.examples[i::40][:64]) for i in range(4)]
+def e2e_evaluation(dataset: E2EDataset, stride: int = 40) -> list[Any]:
+    """Four batches of at most 64 rows, each of every `stride`-th row of the set."""
+    return [collate(dataset.examples[i::stride][:64]) for i in range(4)]
 
 
 def e2e_gpt2(data: str) -> Problem:

@@ -89,7 +89,8 @@ def walk_shares(lengths: torch.Tensor) -> torch.Tensor:
     Args:
         lengths (`torch.Tensor` of shape `(T - 1,)`): Of the steps.
     """
-    made = torch.cat([lengths.new_zeros(1), lengths.square().cumsum(0)]).double()  # (T,)
+    squares = lengths.double().square()
+    made = torch.cat([squares.new_zeros(1), squares.cumsum(0)])  # (T,)
     gram = torch.minimum(made[:, None], made)
     gram = gram - gram.mean(dim=0)
     gram = gram - gram.mean(dim=1, keepdim=True)
