@@ -1,6 +1,7 @@
 """Symbolic regression of an update rule, on rules that are known, and beside numpy and scipy."""
 
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from scipy import special, stats
 from hf_sl2o import LSTMRule, RuleConfig, SymbolicRule
 from hf_sl2o.analysis import symbolic
 from hf_sl2o.analysis.scores import Fitted, score_expression, values_of
-from hf_sl2o.analysis.symbolic import fit_symbolic
+from hf_sl2o.analysis.symbolic import fit_symbolic, refit
 from hf_sl2o.rules.config import EXPRESSIONS
 from hf_sl2o.rules.expressions import FUNCTIONS, OPERATORS, Node, parse
 
@@ -246,3 +247,15 @@ def changed(array, index, value):
 def test_what_cannot_be_fitted(change, options, message):
     with pytest.raises(ValueError, match=message):
         fit_symbolic(*change(*tanh_rule(100)), **{**SHORT, **options})
+
+
+def test_refit_keeps_the_form_and_finds_the_numbers():
+    m, g, noise = inputs()
+    fitted = refit("1 * tanh(g - 0) + 0 * m ** 3", m, g, 0.3 * np.tanh(g - 0.4) + 0.05 * m**3 + noise)
+    numbers = [float(number) for number in re.findall(r"\d\.\d+", fitted.text)]
+    assert sorted(numbers) == [pytest.approx(x, rel=0.05) for x in (0.05, 0.3, 0.4)]
+    assert "m ** 3" in fitted.text and fitted.mse < 1.1 * NOISE**2
+    other = refit("tanh(1 * g)", m, g, 0.3 * np.tanh(g - 0.4) + 0.05 * m**3 + noise)
+    assert other.mse > 4 * fitted.mse
+    with pytest.raises(ValueError, match="not finite on these samples"):
+        refit("exp(exp(1 * g))", m, g, noise)

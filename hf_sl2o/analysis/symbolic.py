@@ -329,3 +329,34 @@ def fit_symbolic(
         if not front or fitted.mse < 0.9999 * front[-1].mse - 1e-20 * samples[2].var():  # not by rounding alone
             front.append(fitted)
     return front
+
+
+def refit(text: str, m: Any, g: Any, delta: Any) -> Fitted:
+    """Fits the numbers in an expression to samples, but exponents; its form stays as it is.
+
+    Args:
+        text (`str`): The expression; its numbers are where the search begins.
+        m, g, delta (`np.ndarray` of shape `(N,)`, or what becomes one): As for [`fit_symbolic`].
+
+    Returns:
+        [`Fitted`]: no farther than `text` itself.
+
+    Raises:
+        `ValueError`: it is not in the grammar; the samples are bad; with these numbers no run could use it.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from hf_sl2o.analysis.symbolic import refit
+    >>> m, g = np.random.default_rng(0).normal(size=(2, 200))
+    >>> refit("tanh(1 * g)", m, g, np.tanh(0.5 * g)).text
+    'tanh(0.5 * g)'
+    ```
+    """
+    samples = checked_samples(m, g, delta, _LEAST)
+    with np.errstate(all="ignore"):
+        found = _finished(parse(text), False, *samples)
+    if found is None:
+        raise ValueError(f"{text!r} is not finite on these samples, or where a run may come; give another form")
+    return found

@@ -105,10 +105,11 @@ def table_2(results: Results) -> Verdict:
     paper = [row["pearson_r_test"] for row in rows if row["from"] == "paper"]
     longest = max(row["complexity"] for row in rows if row["from"] == "paper")
     found = max(row["pearson_r_test"] or 0 for row in rows if row["from"] == "found" and row["complexity"] <= longest)
-    most = result["ceiling"]["pearson_r"]
+    most = result["ceilings"]
     text = (
         f"R on the test samples: the paper's three {', '.join(f'{r:.3f}' for r in paper)}, the closest found of "
-        f"complexity at most {longest} {found:.3f}, any function of m~ and g~ {most:.3f}"
+        f"complexity at most {longest} {found:.3f}; "
+        + ", ".join(f"any function of {name} {of['pearson_r']:.3f}" for name, of in most.items())
     )
     return (SMALL if found >= 0.95 else NOT), text
 
