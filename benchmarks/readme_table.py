@@ -8,6 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from study_tables import STUDIES
+
 from hf_sl2o.experiments.levels import at_edge, paid_for_rules
 from hf_sl2o.experiments.table import table
 from hf_sl2o.foundation.files import load_json
@@ -36,6 +38,7 @@ BLOCKS = {
     "deit-tiny-2000": ROOT / "recipes" / "results" / "deit_tiny_2000_lora_cifar.json",
     "deit-tiny": ROOT / "recipes" / "results" / "deit_tiny_lora_cifar.json",
     "gpu": ROOT / "benchmarks" / "results" / "gpu.json",
+    **{name.replace("_", "-"): ROOT / "recipes" / "results" / f"study_{name}.json" for name in STUDIES},
 }
 
 
@@ -294,6 +297,10 @@ MAKE = {
     "rule-step": step_cost,
     "meta-cost": meta_cost,
     "meta-processes": meta_processes,
+    **{
+        name.replace("_", "-"): lambda result, make=make: f"{make(result)}\n\n{made_at(result)}."
+        for name, make in STUDIES.items()
+    },
 }
 
 

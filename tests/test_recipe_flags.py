@@ -23,7 +23,8 @@ from recipes import gpt2_e2e
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ("gpt2_e2e", "resnet_cifar", "vit_cifar", "vit_imagenet")
-STUDIES = ("average", "carry", "directions", "estimators", "inputs", "repeat", "symbolic", "transfer", "unroll")
+STUDIES = ("average", "carry", "directions", "estimators", "inputs", "one_run", "repeat", "subspaces", "symbolic",
+           "transfer", "unroll", "wire")  # fmt: skip
 SCRIPTS = ("evaluate_rules", "pretrain_base", "figures", "reproduce", *(f"studies.{name}" for name in STUDIES))
 TIMERS = ("gpu", "gpu_vision", "import_time", "meta_processes", "meta_training", "readme_example", "step_cost",
           "vision_overhead")  # fmt: skip
