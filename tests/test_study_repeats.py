@@ -33,6 +33,7 @@ def short(monkeypatch):
         monkeypatch.setattr(study, "DIM", 4)
     monkeypatch.setattr(repeat, "SHORT", (4, 8))
     monkeypatch.setattr(repeat, "LONG", (4,))
+    monkeypatch.setattr(repeat, "ROUNDS", 1)
     monkeypatch.setattr(repeat, "RATES", {arm: rates[-1:] for arm, rates in repeat.RATES.items()})
     monkeypatch.setattr(carry, "RECORDED", 8)
     monkeypatch.setattr(carry, "SOURCES", {"cifar-vit": ("rotated", "negative")})
@@ -93,19 +94,29 @@ def test_slices(tmp_path):
 
 
 def test_steps_to_a_loss_are_the_fewest_of_all_lengths():
-    def run(steps, *curves):
-        return {"eval_per_seed": [[list(point) for point in curve] for curve in curves], "seconds": steps / 10}
+    def run(*curves):
+        return {"eval_per_seed": [[list(point) for point in curve] for curve in curves]}
 
     arm = {
         "runs": {
-            "100": run(100, [(0, 9), (20, 3), (50, 2), (100, 1)], [(0, 9), (20, 5), (50, 2), (100, 1)]),
-            "30": run(30, [(0, 9), (20, 4), (30, 2.2)], [(0, 9), (20, 4), (30, 1.8)]),
+            "100": run([(0, 9), (20, 3), (50, 2), (100, 1)], [(0, 9), (20, 5), (50, 2), (100, 1)]),
+            "30": run([(0, 9), (20, 4), (30, 2.2)], [(0, 9), (20, 4), (30, 1.8)]),
         }
     }
-    assert repeat.steps_to(4, arm) == (20, pytest.approx(2.0))
-    assert repeat.steps_to(2, arm) == (30, pytest.approx(3.0))  # the mean over seeds; the longer run needs 50
-    assert repeat.steps_to(1, arm) == (100, pytest.approx(10.0))
-    assert repeat.steps_to(0.5, arm) == (None, None)
+    assert repeat.steps_to(4, arm) == 20
+    assert repeat.steps_to(2, arm) == 30  # the mean over seeds; the longer run needs 50
+    assert repeat.steps_to(1, arm) == 100 and repeat.steps_to(0.5, arm) is None
+
+
+def test_the_first_run_has_paid_when_what_was_saved_is_what_it_took():
+    def arm(step):
+        return {"runs": {"9": {"eval_per_seed": [[[0, 3.0], [step, 1.0]]]}}, "best_eval_loss": 1.0}
+
+    arms = {"sl2o": arm(10), "adamw": arm(110), "lora_adamw": arm(60)}
+    entry = repeat.judged(arms, {"sl2o": 2.0, "adamw": 1.0, "lora_adamw": 0.5}, first_seconds=180.0)["adamw, 1 %"]
+    assert entry["steps_over_sl2o"] == {"sl2o": 1, "adamw": 11, "lora_adamw": 6}
+    assert entry["seconds"] == {"sl2o": 20, "adamw": 110, "lora_adamw": 30}
+    assert entry["repeats_until_paid"] == {"adamw": 2, "lora_adamw": 18}
 
 
 def test_repeat(tmp_path, monkeypatch):
@@ -125,6 +136,7 @@ def test_repeat(tmp_path, monkeypatch):
         target = entry["targets"]["adamw, 1 %"]
         assert target["loss"] == pytest.approx(1.01 * arms["adamw"]["best_eval_loss"])
         assert target["steps"]["adamw"] in (4, 5, 8)
+        assert target["seconds"]["adamw"] == target["steps"]["adamw"] * entry["seconds_a_step"]["adamw"] > 0
     losses = [entry["arms"]["adamw"]["best_eval_loss"] for entry in result["tasks"]["cifar-vit"].values()]
     assert losses[0] != losses[1]
     assert (tmp_path / "r.png").stat().st_size > 5000

@@ -9,12 +9,14 @@ clean; noise, both: it was not). Arms: the shipped rule as it is and AdamW in th
 LoRA factors; the shipped rule on the factors; AdamW from the weights that the first run ended at (warm start), where
 those may be used. Rates are tuned for each length, and for each kind of labels, on held-out loss. A schedule decays to
 zero at the end, so each arm gets short runs as well as long ones; the steps to a loss are the fewest of all its runs.
-The rows that are judged are in no run. Killed and started again it goes on.
+Seconds: a step of each arm is timed in turns with the others. The rows that are judged are in no run. Killed and
+started again it goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +24,12 @@ from typing import Any
 
 import torch
 
-from hf_sl2o import Rule, Task
+from hf_sl2o import Rule, Task, train_on
 from hf_sl2o.experiments.command_line.flags import parse_options
 from hf_sl2o.experiments.command_line.script import run_script
 from hf_sl2o.experiments.command_line.study import finish, study_parser
 from hf_sl2o.experiments.figures import canvas
+from hf_sl2o.experiments.kept.files import keep, kept
 from hf_sl2o.experiments.on_task import TaskArm, compare_on
 from hf_sl2o.experiments.rivals import adamw
 from hf_sl2o.experiments.tasks.adaptation import NAMES, Adaptation, Earlier, adaptation, earlier_run, with_weights
@@ -35,6 +38,7 @@ from hf_sl2o.experiments.tasks.problems import check_data
 from hf_sl2o.rules import SHIPPED_RULES
 
 DIM = 40
+ROUNDS, TIMED = 7, 6  # turns in which a step is timed, and steps of one
 FOLDS = 5
 SHORT = (25, 50, 100)  # steps in the subspace
 LONG = (50, 100)  # of the others, beside --steps
@@ -135,7 +139,7 @@ def run_kind(
             )[arm]  # fmt: skip
             runs[str(steps)] = {
                 "learning_rate": found["learning_rate"], "eval_per_seed": found["eval_per_seed"],
-                "final_eval_loss": found["final_eval_loss"], "seconds": found["seconds"],
+                "final_eval_loss": found["final_eval_loss"],
                 "rates_tried": [rate for rate, _ in found["grid"]],
             }  # fmt: skip
         n = task.basis.dim
@@ -148,21 +152,35 @@ def run_kind(
     return results
 
 
-def steps_to(target: float, arm: Mapping[str, Any]) -> tuple[int | None, float | None]:
-    """The fewest steps, over its lengths, after which the mean loss over seeds is at the target; and their seconds."""
-    best: tuple[int | None, float | None] = (None, None)
-    for steps, run in arm["runs"].items():
+def seconds_a_step(kind: Kind, earlier: Earlier, path: Path) -> dict[str, float]:
+    """Of each arm the median of short runs that take turns, kept in `path`."""
+    known: dict[str, Any] = kept(path)
+    if not known:
+        arms = arms_of_kind(kind, earlier)
+        times: dict[str, list[float]] = {arm: [] for arm in arms}
+        for _ in range(ROUNDS):
+            for arm, (task, make) in arms.items():
+                made = make(TIMED)
+                run = train_on(task, made.make(made.learning_rates[0]), TIMED)
+                times[arm].append(run["seconds"] / TIMED)
+        keep(path, {arm: statistics.median(of) for arm, of in times.items()})
+        known = kept(path)
+    return known
+
+
+def steps_to(target: float, arm: Mapping[str, Any]) -> int | None:
+    """The fewest steps, over its lengths, after which the mean loss over seeds is at the target."""
+    found = []
+    for run in arm["runs"].values():
         curves = run["eval_per_seed"]
-        for place, point in enumerate(curves[0]):
-            mean = sum(curve[place][1] for curve in curves) / len(curves)
-            if mean <= target:
-                if best[0] is None or point[0] < best[0]:
-                    best = point[0], run["seconds"] * point[0] / int(steps)
-                break
-    return best
+        means = [
+            (points[0][0], sum(point[1] for point in points) / len(points)) for points in zip(*curves, strict=True)
+        ]
+        found += [step for step, mean in means if mean <= target]
+    return min(found, default=None)
 
 
-def judged(arms: Mapping[str, Any], earlier: Earlier) -> dict[str, Any]:
+def judged(arms: Mapping[str, Any], a_step: Mapping[str, float], first_seconds: float) -> dict[str, Any]:
     """Steps and seconds of each arm to each target, and after how many repeats the first run has paid for itself."""
     targets = {
         f"{name}, {more} %": arms[name]["best_eval_loss"] * (1 + more / 100)
@@ -170,21 +188,17 @@ def judged(arms: Mapping[str, Any], earlier: Earlier) -> dict[str, Any]:
     }  # fmt: skip
     reached: dict[str, Any] = {}
     for name, target in targets.items():
-        of_arm = {arm: steps_to(target, result) for arm, result in arms.items()}
-        ours = of_arm["sl2o"]
-        entry: dict[str, Any] = {
-            "loss": target, "steps": {arm: found[0] for arm, found in of_arm.items()},
-            "seconds": {arm: found[1] for arm, found in of_arm.items()},
-        }  # fmt: skip
-        if ours[0]:
-            first = earlier.seconds + earlier.seconds_of_fit
-            entry["steps_over_sl2o"] = {arm: found[0] / ours[0] for arm, found in of_arm.items() if found[0]}
+        steps = {arm: steps_to(target, result) for arm, result in arms.items()}
+        seconds = {arm: None if count is None else count * a_step[arm] for arm, count in steps.items()}
+        entry: dict[str, Any] = {"loss": target, "steps": steps, "seconds": seconds}
+        ours, our_seconds = steps["sl2o"], seconds["sl2o"]
+        if ours and our_seconds is not None:
+            entry["steps_over_sl2o"] = {arm: count / ours for arm, count in steps.items() if count}
             entry["repeats_until_paid"] = {
-                arm: first / (found[1] - ours[1])
-                for arm, found in of_arm.items()
-                if arm in ("adamw", "lora_adamw") and found[1] is not None and ours[1] is not None
-                and found[1] > ours[1]
-            }  # fmt: skip
+                arm: first_seconds / (of - our_seconds)
+                for arm, of in seconds.items()
+                if arm in ("adamw", "lora_adamw") and of is not None and of > our_seconds
+            }
         reached[name] = entry
     return reached
 
@@ -242,13 +256,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
                 arm: {steps: run["learning_rate"] for steps, run in found["runs"].items()}
                 for arm, found in arms.items()
             }
+            a_step = seconds_a_step(kind, earlier, options.output_dir / "seconds" / f"{name}-{kind.slug}.json")
+            first_seconds = options.steps * a_step["adamw"] + earlier.seconds_of_fit
             tasks[name][kind.name] = {
                 "first_run": {
-                    "learning_rate": rate, "seconds": earlier.seconds, "seconds_of_fit": earlier.seconds_of_fit,
+                    "learning_rate": rate, "steps": options.steps, "seconds": first_seconds,
+                    "seconds_of_fit": earlier.seconds_of_fit,
                     "basis_bytes": 4 * earlier.basis.dim * earlier.basis.layout.n,
                     "explained_variance": earlier.basis.provenance["explained_variance"],
                 },
-                "arms": arms, "targets": judged(arms, earlier),
+                "arms": arms, "seconds_a_step": a_step, "targets": judged(arms, a_step, first_seconds),
             }  # fmt: skip
             for target, entry in tasks[name][kind.name]["targets"].items():
                 print(f"{name}, {kind.name}: to {entry['loss']:.4f} ({target}) steps {entry['steps']}", flush=True)

@@ -61,8 +61,12 @@ from hf_sl2o.rules import SHIPPED_RULES
 RIVALS = ("ddp_adamw", "ddp_adamw_fp16", "ddp_adamw_powersgd", "ddp_lora")
 SLACKS = (0.01, 0.02, 0.05)  # above the loss of tuned AdamW at its end; the first one is the target
 FIRST_SEED = 100  # of the timed runs' batches; tuning counts from 0, the recorded run has its own
-DRAWN = {"sl2o": ("-", "o"), "subspace_adamw": ("--", "s"), "ddp_adamw": (":", "^"), "ddp_adamw_fp16": ("-.", "v"),
-         "ddp_adamw_powersgd": ((0, (5, 1, 1, 1, 1, 1)), "D"), "ddp_lora": ((0, (1, 3)), "x")}  # fmt: skip
+DRAWN = {
+    "sl2o": ("-", "o", "SL2O"), "subspace_adamw": ("--", "s", "AdamW†"), "ddp_adamw": (":", "^", "DDP, AdamW"),
+    "ddp_adamw_fp16": ("-.", "v", "DDP, AdamW, fp16 sent"),
+    "ddp_adamw_powersgd": ((0, (5, 1, 1, 1, 1, 1)), "D", "DDP, AdamW, PowerSGD"),
+    "ddp_lora": ((0, (1, 3)), "x", "DDP, LoRA + AdamW"),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,11 +297,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
     with canvas(path, 1, len(links), figsize=(6.5 * len(links), 5), sharey=True) as (_, axes):
         for axis, (name, link) in zip(axes[0], links.items(), strict=True):
             for index, (arm, run) in enumerate(link["arms"].items()):
-                style, marker = DRAWN[arm]
+                style, marker, label = DRAWN[arm]
                 for seed, curve in enumerate(run["curve_per_seed"]):
                     drawn = [(spent, loss) for _, spent, loss in curve if spent > 0 and loss is not None]
                     axis.plot(*zip(*drawn, strict=True), color=f"C{index}", linestyle=style, linewidth=1.4,
-                              label="_" if seed else arm)  # fmt: skip
+                              label="_" if seed else label)  # fmt: skip
                 for look in filter(None, run["reached_per_seed"]):
                     axis.plot(look[1], look[2], color=f"C{index}", marker=marker, linestyle="none")
             axis.axhline(
@@ -306,7 +310,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
             axis.axvline(link["sending_the_basis_seconds"], color="0.4", linestyle=":", linewidth=0.8,
                          label="the basis could be sent in")  # fmt: skip
             axis.set(
-                xscale="log", yscale="log", title=name, xlabel="seconds of training (log)", ylabel="held-out loss"
+                xscale="log", yscale="log", title=name, xlabel="seconds of training", ylabel="held-out loss (nats)"
             )
             axis.yaxis.set_major_formatter("{x:.2g}")
             axis.yaxis.set_minor_formatter("{x:.2g}")

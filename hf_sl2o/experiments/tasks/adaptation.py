@@ -88,11 +88,10 @@ class Adaptation:
 
 @dataclass(frozen=True)
 class Earlier:
-    """What an earlier run leaves: its basis, its weights, what it took."""
+    """What an earlier run leaves: its basis, its weights, and what fitting the basis took."""
 
     basis: DenseBasis
     weights: Mapping[str, torch.Tensor]
-    seconds: float  # of training
     seconds_of_fit: float
 
 
@@ -104,24 +103,23 @@ def earlier_run(
     def work() -> dict[str, Any]:
         trajectory = Trajectory(where / "trajectory")
         trajectory.clear()
-        start = time.perf_counter()
         model = record(
             trajectory, of.build, of.loss, lambda seed: of.batches(rows, seed), learning_rate=learning_rate,
             steps=steps, name=f"{of.name}, the first run",
         )  # fmt: skip
-        trained = time.perf_counter()
+        start = time.perf_counter()
         fit_basis(trajectory, dim, progress=False).save_pretrained(where / "made")
-        fitted = time.perf_counter()
+        seconds = time.perf_counter() - start
         save_tensors(where / "made" / "final.safetensors", dict(model.named_parameters()))
         trajectory.delete()
-        return {"seconds": trained - start, "seconds_of_fit": fitted - trained}
+        return {"seconds_of_fit": seconds}
 
     key = f"{of.name} {learning_rate:g} {steps} {dim} {len(rows)}"
     known = made_once(where / "done.json", key, work, where / "made")
     basis = Basis.from_pretrained(where / "made")
     assert isinstance(basis, DenseBasis)
     weights = load_tensors(where / "made" / "final.safetensors")
-    return Earlier(basis, weights, known["seconds"], known["seconds_of_fit"])
+    return Earlier(basis, weights, known["seconds_of_fit"])
 
 
 def with_weights(of: Adaptation, weights: Mapping[str, torch.Tensor]) -> Adaptation:
