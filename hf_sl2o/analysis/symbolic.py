@@ -356,7 +356,7 @@ def refit(text: str, m: Any, g: Any, delta: Any) -> Fitted:
     """
     samples = checked_samples(m, g, delta, _LEAST)
     with np.errstate(all="ignore"):
-        found = _finished(parse(text), False, *samples)
+        found = _finished(_tidy(parse(text), True), True, *samples)
     if found is None:
         raise ValueError(f"{text!r} is not finite on these samples, or where a run may come; give another form")
     return found

@@ -21,7 +21,7 @@ import torch
 
 from hf_sl2o import LSTMRule, MetaTrainer, MetaTrainingArguments, Rule, RuleConfig, SymbolicRule, Task
 from hf_sl2o.analysis.paths import Samples, record_path, samples_of
-from hf_sl2o.analysis.scores import score_expression
+from hf_sl2o.analysis.scores import score_expression, values_of
 from hf_sl2o.analysis.symbolic import fit_symbolic, refit
 from hf_sl2o.experiments.command_line.flags import parse_options
 from hf_sl2o.experiments.command_line.script import run_script
@@ -30,9 +30,11 @@ from hf_sl2o.experiments.figures import canvas
 from hf_sl2o.experiments.on_task import TaskArm, compare_on
 from hf_sl2o.experiments.tasks.named import arms_of, check_tasks, learned, subspace_task
 from hf_sl2o.rules.config import EXPRESSIONS
+from hf_sl2o.rules.expressions import parse
 
 FIT, TEST = 10_000, 2_000  # supplement 2.5
 LONGEST = 9  # the complexity of the paper's longest
+STYLES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 3)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 3)))
 
 
 def meta_trained(task: Task, options: Any) -> Rule:
@@ -97,28 +99,51 @@ def chosen(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    with canvas(path, 1, 2 + len(result["runs"]), figsize=(5.2 * (2 + len(result["runs"])), 4.4)) as (_, axes):
-        for origin, mark in (("found", "o-"), ("paper", "s"), ("paper, refitted", "^")):
-            rows = [row for row in result["table"] if row["from"] == origin]
-            points = sorted((row["complexity"], row["pearson_r_test"]) for row in rows if row["pearson_r_test"])
-            axes[0][0].plot(
-                *zip(*points, strict=True), mark, color="black" if origin == "found" else "0.55", label=origin
-            )
-        for name, style in (("m~ and g~", ":"), ("g~ alone", "-.")):
-            of = result["ceilings"][name]["pearson_r"]
-            axes[0][0].axhline(of, color="0.4", linestyle=style, label=f"any function of {name} (trees)")
-        axes[0][0].set(title="expressions of the updates", xlabel="complexity", ylabel="Pearson's R on test samples")
-        axes[0][0].legend(fontsize=8)
-        sample = result["sample"]
-        image = axes[0][1].scatter(sample["g"], sample["m"], c=sample["delta"], s=5, cmap="RdGy", vmin=-1, vmax=1)
-        axes[0][1].set(title="updates of the LSTM", xlabel="g~", ylabel="m~", xlim=(-4, 4), ylim=(-3, 3))
-        axes[0][1].figure.colorbar(image, ax=axes[0][1], label="update")
-        for axis, (task, runs) in zip(axes[0][2:], result["runs"].items(), strict=True):
-            looks = {"LSTM": {"color": "black", "linewidth": 2.2}}
-            for (arm, run), style in zip(runs.items(), ("-", "--", "-.", ":", "-", "--", "-."), strict=False):
-                axis.plot(*zip(*run["eval"], strict=True), linestyle=style, label=arm, **looks.get(arm, {}))
-            axis.set(title=task, xlabel="step", ylabel="held-out loss", yscale="log")
-            axis.legend(fontsize=7)
+    tasks = result["runs"]
+    columns = -(-(3 + len(tasks)) // 2)
+    with canvas(path, 2, columns, figsize=(6 * columns, 9)) as (_, axes):
+        first, second, third, *others = axes.flatten()
+        plot_front(first, result)
+        sample = {name: np.array(values) for name, values in result["sample"].items()}
+        most = np.abs(sample["delta"]).max()
+        image = second.scatter(sample["g"], sample["m"], c=sample["delta"], s=5, cmap="RdGy", vmin=-most, vmax=most)
+        second.set(title="updates of the LSTM, test samples", xlabel="g~", ylabel="m~")
+        second.figure.colorbar(image, ax=second, label="update")
+        plot_expressions(third, sample, result["expressions"])
+        for axis, (task, runs) in zip(others, tasks.items(), strict=False):
+            for (arm, run), style in zip(runs.items(), STYLES, strict=True):
+                look = {"color": "black", "linewidth": 2.2} if arm == "LSTM" else {"linewidth": 1.3}
+                axis.plot(*zip(*run["eval"], strict=True), linestyle=style, label=arm, **look)
+            axis.set(title=f"{task}: the LSTM and expressions", xlabel="step", ylabel="held-out loss", yscale="log")
+            axis.yaxis.set_major_formatter("{x:.3g}")
+            axis.yaxis.set_minor_formatter("{x:.3g}")
+            axis.legend(fontsize=8)
+        for axis in others[len(tasks) :]:
+            axis.set_axis_off()
+
+
+def plot_front(axis: Any, result: dict[str, Any]) -> None:
+    for origin, mark in (("found", "o-"), ("paper", "s"), ("paper, refitted", "^")):
+        rows = [row for row in result["table"] if row["from"] == origin]
+        points = sorted((row["complexity"], row["pearson_r_test"]) for row in rows if row["pearson_r_test"])
+        axis.plot(*zip(*points, strict=True), mark, color="black" if origin == "found" else "0.55", label=origin)
+    for name, style in (("m~ and g~", ":"), ("g~ alone", "-.")):
+        of = result["ceilings"][name]["pearson_r"]
+        axis.axhline(of, color="0.4", linestyle=style, label=f"any function of {name} (trees)")
+    axis.set(title="expressions of the updates", xlabel="complexity", ylabel="Pearson's R on test samples")
+    axis.legend(fontsize=8)
+
+
+def plot_expressions(axis: Any, sample: dict[str, np.ndarray], texts: dict[str, str]) -> None:
+    """Test samples against g~, and each expression where m~ is what it is on average at that g~ (a line)."""
+    m, g = sample["m"], sample["g"]
+    slope = float(m @ g / (g @ g))
+    line = torch.linspace(float(g.min()), float(g.max()), 101, dtype=torch.float64)
+    axis.plot(g, sample["delta"], ".", color="0.75", markersize=3, label="the LSTM")
+    for (name, text), style in zip(texts.items(), STYLES[1:], strict=False):
+        axis.plot(line, values_of(parse(text), slope * line, line), linestyle=style, linewidth=1.6, label=name)
+    axis.set(title=f"updates and expressions, m~ = {slope:.2f} g~", xlabel="g~", ylabel="update")
+    axis.legend(fontsize=8)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
