@@ -11,28 +11,32 @@ with --results into that folder. `--size paper` prints the commands at the paper
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 from hf_sl2o.experiments.command_line.flags import parse_options
 from hf_sl2o.experiments.command_line.script import run_script
 from hf_sl2o.experiments.command_line.study import study_parser
+from hf_sl2o.experiments.environment import environment
 from hf_sl2o.experiments.kept.files import read_object
 from hf_sl2o.experiments.supplement import ENTRIES, Entry
-from hf_sl2o.foundation.files import write_atomically
+from hf_sl2o.foundation.files import save_json, write_atomically
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "recipes" / "results"
+MINUTES = "reproduce_minutes.json"
 HEAD = """# The supplement, redone
 
 Written by `python recipes/reproduce.py`. Every verdict is computed from the files in the last column. Minutes are
-those of the small size on two cores; hours those that the paper's size may take on one GPU, where nobody
-has run it yet.
+those of the small size on two cores, each file counted once ("about": not measured here); hours those that the paper's
+size may take on one GPU, where nobody has run it yet.
 
 | in the supplement | of | the paper | here | verdict | command | minutes | GPU hours | files |
 |---|---|---|---|---|---|---|---|---|
@@ -62,7 +66,11 @@ def run(entry: Entry, options: Any) -> None:
             continue
         words = words_of(command, name, options)
         print(f"{entry.name}: {shlex.join(words)}", flush=True)
-        code = subprocess.run(words, cwd=ROOT).returncode
+        start = time.perf_counter()
+        try:
+            code = subprocess.run(words, cwd=ROOT).returncode
+        finally:
+            took(options.results, name, (time.perf_counter() - start) / 60)
         if code:
             raise RuntimeError(f"{entry.name}: its command failed with exit code {code}; start again to go on")
         made = options.output_dir / name / "comparison.json"
@@ -71,6 +79,25 @@ def run(entry: Entry, options: Any) -> None:
             shutil.copy(made, result)
             if made.with_suffix(".png").is_file():
                 shutil.copy(made.with_suffix(".png"), result.with_suffix(".png"))
+
+
+def took(results: Path, name: str, minutes: float) -> None:
+    """Adds to the minutes that a command took, over all its starts but those that were killed at once."""
+    path = results / MINUTES
+    known = read_object(path, "minutes")["minutes"] if path.is_file() else {}
+    known[name] = round(known.get(name, 0.0) + minutes, 4)
+    save_json(path, {"minutes": known, "cores": os.cpu_count(), "environment": environment()})
+
+
+def minutes_of(entry: Entry, results: Path) -> str:
+    """As measured where that is known, else about what it takes on two cores; a file counts where it comes first."""
+    path = results / MINUTES
+    known = read_object(path, "minutes")["minutes"] if path.is_file() else {}
+    before = {name for other in ENTRIES[: ENTRIES.index(entry)] for name in other.files}
+    own = [name for name in entry.files if name not in before]
+    if all(name in known for name in own):
+        return f"{sum(known[name] for name in own):.0f}"
+    return f"about {entry.minutes}"
 
 
 def verdict_of(entry: Entry, folder: Path) -> tuple[str, str]:
@@ -96,7 +123,17 @@ def row(entry: Entry, folder: Path) -> str:
     word, ours = verdict_of(entry, folder)
     commands = "<br>".join(f"`{re.sub('[{}]', '', command)}`" for command in entry.files.values()) or "none"
     files = ", ".join(f"{name}.json" for name in entry.files) or "none"
-    cells = (entry.name, entry.shows, entry.paper, ours, word, commands, str(entry.minutes), entry.gpu_hours, files)
+    cells = (
+        entry.name,
+        entry.shows,
+        entry.paper,
+        ours,
+        word,
+        commands,
+        minutes_of(entry, folder),
+        entry.gpu_hours,
+        files,
+    )
     return "| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |"
 
 
@@ -124,7 +161,7 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
         print(f"{entry.name}: {entry.shows}\n    the paper: {entry.paper}\n    here: {ours}\n    {word}")
         for name, command in entry.files.items():
             words = ["python", *words_of(command, name, options)[1:]]
-            print(f"    {shlex.join(words)} (about {entry.minutes} minutes on two cores)")
+            print(f"    {shlex.join(words)} ({minutes_of(entry, options.results)} minutes on two cores)")
     if options.size == "small" and not options.list:
         page = HEAD + "\n".join(row(entry, options.results) for entry in ENTRIES) + "\n"
         where = (ROOT if options.results == RESULTS else options.results) / "REPRODUCTION.md"

@@ -87,7 +87,9 @@ def test_what_is_there_is_not_run_again_and_the_page_is_written(tmp_path, monkey
     assert not (tmp_path / "results").exists()
     assert reproduce.main(words) == {"figure 1": SMALL}
     page = (tmp_path / "results" / "REPRODUCTION.md").read_text()
-    assert "| figure 1 |" in page and SMALL in page and "made.json" in page
+    assert "| figure 1 |" in page and SMALL in page and "made.json" in page and f"about {entry.minutes}" not in page
+    known = json.loads((tmp_path / "results" / "reproduce_minutes.json").read_text())
+    assert 0 < known["minutes"]["made"] < 1 and known["environment"]["commit"]
     script.write_text("raise SystemExit(1)")  # it is not run again
     assert reproduce.main(words) == {"figure 1": SMALL}
     assert "made.json is there" in capsys.readouterr().out
@@ -97,6 +99,19 @@ def test_what_is_there_is_not_run_again_and_the_page_is_written(tmp_path, monkey
     shutil.rmtree(tmp_path / "results")
     with pytest.raises(RuntimeError, match="failed with exit code 1"):
         reproduce.main(words)
+
+
+def test_minutes_are_those_of_all_starts_and_of_a_file_once(tmp_path):
+    by_name = {entry.name: entry for entry in ENTRIES}
+    both, symbolic = by_name["figures 4 and 5"], by_name["table 2"]
+    assert reproduce.minutes_of(symbolic, tmp_path) == f"about {symbolic.minutes}"
+    reproduce.took(tmp_path, "study_symbolic", 20.0)
+    reproduce.took(tmp_path, "study_symbolic", 3.4)
+    reproduce.took(tmp_path, "study_directions", 9.0)
+    assert reproduce.minutes_of(symbolic, tmp_path) == "23"
+    assert reproduce.minutes_of(both, tmp_path) == "9"  # its other file is counted above
+    assert reproduce.minutes_of(by_name["figure 7"], tmp_path) == "0"
+    assert reproduce.minutes_of(by_name["figure 6, table 4"], tmp_path).startswith("about")
 
 
 def test_a_name_that_is_none(tmp_path):

@@ -187,8 +187,8 @@ _DEIT = (
     "--validation_rows 1000 --eval_rows 3000 --output_dir {out}"
 )
 _STUDY = "python recipes/studies/{name}.py --data {{data}} --output_dir {{out}} --json {{json}}"
-_SYMBOLIC = {"study_symbolic": _STUDY.format(name="symbolic")}
-_DIRECTIONS = {"study_directions": _STUDY.format(name="directions")}
+_SYMBOLIC = {"study_symbolic": f"{_STUDY.format(name='symbolic')} --seeds 1"}
+_DIRECTIONS = {"study_directions": f"{_STUDY.format(name='directions')} --seeds 1"}
 _TRANSFER = {
     "study_transfer": "python recipes/studies/transfer.py --data {data} --output_dir {out} --cache {out}/runs "
     "--json {json}"
