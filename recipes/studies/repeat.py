@@ -221,6 +221,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 unit = "nats a token" if task.startswith("e2e") else "nats an image"
                 axis.set(title=f"{task}, {kind}", xlabel="step (0 at 1)", ylabel=f"held-out loss ({unit})",
                          xscale="log", yscale="log")  # fmt: skip
+                axis.yaxis.set_major_formatter("{x:.3g}")
+                axis.yaxis.set_minor_formatter("{x:.3g}")
             for axis in row[len(kinds) :]:
                 axis.set_axis_off()
         axes[0][0].legend(fontsize=7)
