@@ -148,6 +148,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
                 axis.set(title=f"{task}: {target}", xscale="log",
                          xlabel=f"held-out loss ({unit}); dotted: the start; full: the shipped rule")  # fmt: skip
                 axis.xaxis.label.set_size(8)
+                axis.xaxis.set_major_formatter("{x:.3g}")
+                axis.xaxis.set_minor_formatter("{x:.3g}")
                 axis.grid(alpha=0.3, axis="y")
 
 
