@@ -158,8 +158,9 @@ def test_carry(tmp_path):
         assert arms["AdamW, all weights"]["share_of_the_way"] == pytest.approx(1)
         assert len({entry["eval"][0][1] for entry in arms.values()}) <= 2  # one start; LoRA's to rounding
         assert len({entry["final_eval_loss"] for entry in arms.values()}) == len(arms)
-    one, several = (Basis.from_pretrained(tmp_path / "c/bases/cifar-vit-sources/made" / name) for name in "01")
-    own = Basis.from_pretrained(tmp_path / "c/bases/cifar-vit-upright/made")
+    (bases,) = (tmp_path / "c").glob("*/bases")  # below a folder of the data, so that no other data takes them
+    one, several = (Basis.from_pretrained(bases / "cifar-vit-sources/made" / name) for name in "01")
+    own = Basis.from_pretrained(bases / "cifar-vit-upright/made")
     assert one.provenance["snapshots"] * 2 == several.provenance["snapshots"]
     assert len({one.fingerprint, several.fingerprint, own.fingerprint}) == 3
     assert (tmp_path / "c.png").stat().st_size > 5000

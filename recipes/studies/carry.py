@@ -22,6 +22,7 @@ from hf_sl2o.experiments.command_line.script import run_script
 from hf_sl2o.experiments.command_line.study import finish, study_parser
 from hf_sl2o.experiments.figures import canvas
 from hf_sl2o.experiments.kept.files import made_once
+from hf_sl2o.experiments.kept.keys import stamp
 from hf_sl2o.experiments.on_task import TaskArm, compare_on
 from hf_sl2o.experiments.rivals import adamw
 from hf_sl2o.experiments.tasks.adaptation import FIGURES, TOPICS, Adaptation, adaptation, earlier_run
@@ -161,6 +162,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--tasks", nargs="+", default=list(SOURCES), choices=list(SOURCES))
     options = parse_options(parser, argv)
     check_data(options.tasks, options.data, [True] * len(options.tasks))
+    options.output_dir /= stamp(options.data)
     tasks: dict[str, Any] = {}
     for name in options.tasks:
         slices = {of: adaptation(name, options.data, options.tasks_dir, of) for of in SOURCES[name]}

@@ -30,6 +30,7 @@ from hf_sl2o.experiments.command_line.script import run_script
 from hf_sl2o.experiments.command_line.study import finish, study_parser
 from hf_sl2o.experiments.figures import canvas
 from hf_sl2o.experiments.kept.files import keep, kept
+from hf_sl2o.experiments.kept.keys import stamp
 from hf_sl2o.experiments.on_task import TaskArm, compare_on
 from hf_sl2o.experiments.rivals import adamw
 from hf_sl2o.experiments.tasks.adaptation import NAMES, Adaptation, Earlier, adaptation, earlier_run, with_weights
@@ -210,9 +211,8 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for row, (task, kinds) in zip(axes, rows, strict=True):
             for axis, (kind, entry) in zip(row, kinds.items(), strict=False):
                 for arm, of_arm in entry["arms"].items():
-                    ends = [(int(steps), run) for steps, run in of_arm["runs"].items()]
                     colour, style = LOOKS[arm]
-                    for number, (_, run) in enumerate(ends):
+                    for number, run in enumerate(of_arm["runs"].values()):
                         for index, curve in enumerate(run["eval_per_seed"]):
                             points = [(point[0] or 1, point[1]) for point in curve]
                             label = LABELS[arm] if number == index == 0 else "_"
@@ -240,13 +240,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise ValueError(
             f"--steps is {options.steps}, expected more than {DIM}: as many directions need more snapshots"
         )
+    options.output_dir /= stamp(options.data)
     tasks: dict[str, Any] = {}
     for name in options.tasks:
         of = adaptation(name, options.data, options.tasks_dir)
-        rates: dict[bool, dict[str, dict[str, float]]] = {
-            False: {},
-            True: {},
-        }  # by whether labels are noisy: those of the first kind with such labels
+        # by whether labels are noisy: those of the first kind with such labels
+        rates: dict[bool, dict[str, dict[str, float]]] = {False: {}, True: {}}
         tasks[name] = {}
         for kind in kinds_of(of):
             where = options.output_dir / "first" / f"{name}-{kind.slug}"

@@ -60,7 +60,6 @@ class Adaptation:
         count (`int`): Rows.
         batches (`Callable`): Maps rows (a list of indices) and a seed to endless batches.
         eval_batches (`Sequence`): Held out.
-        base_rate (`float`): AdamW's, of the run that made the base.
         accuracy (`Callable`, *optional*): Of a network, on images that nothing was chosen by.
         relabelled (`Callable`, *optional*): Maps a seed to the same with a fifth of the labels drawn at random.
     """
@@ -72,7 +71,6 @@ class Adaptation:
     count: int
     batches: Callable[[Sequence[int], int], Iterator[Any]]
     eval_batches: Sequence[Any]
-    base_rate: float
     accuracy: Callable[[nn.Module], float] | None = None
     relabelled: Callable[[int], Adaptation] | None = None
 
@@ -190,7 +188,7 @@ def _texts(name: str, data: str, of: str, problem: Problem, build: Callable[[], 
     lora = _lora(build, problem, fan_in_fan_out=True)  # GPT-2's Conv1D keeps its weights transposed
     # The validation split has some of the kitchens alone; a slice is small.
     evals = problems.e2e_evaluation(E2EDataset(held_out, tokenizer), 10 if of else 40) if held_out else []
-    return Adaptation(name, build, lora, problem.loss, len(train), batches, evals, problem.learning_rate)
+    return Adaptation(name, build, lora, problem.loss, len(train), batches, evals)
 
 
 def _images(name: str, data: str, of: str, problem: Problem, build: Callable[[], nn.Module]) -> Adaptation:
@@ -218,8 +216,7 @@ def _images(name: str, data: str, of: str, problem: Problem, build: Callable[[],
 
         lora = _lora(build, problem, modules_to_save=["classifier"])
         return Adaptation(
-            name, build, lora, problem.loss, len(clean), batches, parts[:JUDGED], problem.learning_rate, accuracy,
-            relabelled,
+            name, build, lora, problem.loss, len(clean), batches, parts[:JUDGED], accuracy, relabelled,
         )  # fmt: skip
 
     return of_labels(clean)
