@@ -27,7 +27,7 @@ class Entry:
         files (`dict[str, str]`): Of each result its command at small size; `{json}`, `{out}`, `{cifar}`, `{e2e}` and
             `{data}` are filled in. What a recipe writes to `{out}/comparison.json` is the result.
         paper_size (`str`): The command at the paper's size.
-        minutes (`int`): Of the small size on two cores, about.
+        minutes (`int`): Of one core at the small size, about.
         gpu_hours (`str`): Of the paper's size on one GPU, about; where nobody ran it, why.
         verdict (`Callable`): Maps the results by name to a word and what they say.
     """
