@@ -3,6 +3,7 @@
 - `files`, `partials`, `locks`: safetensors and JSON, written atomically, with a checksum; what a kill left; one writer
 - `checked`: numbers, flags and tensors from a file or a user, refused in words
 - `hub`: `save_pretrained`, `from_pretrained`, `push_to_hub` of rules and bases
+- `native`: C++ loops, compiled at their first use
 - `ranks`: whether all processes of a run were started alike
 
 It may import nothing of hf_sl2o.

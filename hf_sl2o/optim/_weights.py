@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -125,7 +126,10 @@ class Weights:
             moved (0-d bool `torch.Tensor`): Where false, the weights go back to the published point that they were at.
         """
         rows = torch.stack([delta, ahead])
-        for index, p, flat, follower in self._each():
+        each = self._each()
+        if all(follower.rounded_off is None for *_, follower in each) and self._publish_at_once(each, rows, moved):
+            return
+        for index, p, flat, follower in each:
             if follower.rounded_off is not None:
                 self._publish_rounded(index, p, flat, follower, rows, moved)
                 continue
@@ -141,6 +145,27 @@ class Weights:
             follower.other = way
             _write_back(p, flat)
         self._remember()
+
+    def _publish_at_once(
+        self, each: list[tuple[int, torch.Tensor, torch.Tensor, _Follower]], rows: torch.Tensor, moved: torch.Tensor
+    ) -> bool:
+        """`publish` for weights that are not rounded, by the basis' compiled loop where it has one."""
+        if not self.basis.has_loops:
+            return False
+        count = len(self.basis.layout.names)
+        weights: Any = [None] * count
+        before: Any = [None] * count
+        ways: Any = [None] * count
+        for index, _, flat, follower in each:
+            weights[index], before[index] = flat, follower.other
+            ways[index] = torch.empty_like(flat) if follower.other is None else follower.other  # read, then written
+        if not self.basis.publish_(weights, before, ways, rows, moved):
+            return False
+        for index, p, flat, follower in each:
+            follower.other = ways[index]
+            _write_back(p, flat)
+        self._remember()
+        return True
 
     def _publish_rounded(
         self,

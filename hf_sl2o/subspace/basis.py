@@ -17,6 +17,7 @@ import torch
 
 from ..foundation.checked import shown
 from ..foundation.hub import HubFiles
+from . import compiled
 from .layout import Layout
 
 # Columns handled at a time: what a bf16 weight costs as an fp32 temporary.
@@ -157,6 +158,23 @@ class Basis(HubFiles):
     def compute_dtype(self) -> torch.dtype:
         return torch.promote_types(torch.float32, self.dtype)
 
+    def stored(self) -> compiled.Stored | None:
+        """The directions as they are in memory, where a compiled loop can read them; by default None."""
+        return None
+
+    @property
+    def has_loops(self) -> bool:
+        """Whether a compiled loop may read the directions; `torch.compile` makes its own."""
+        return not torch.compiler.is_compiling() and self.device.type == "cpu" and self.stored() is not None
+
+    def _from_raw(self, raw: torch.Tensor) -> torch.Tensor:
+        """A projected gradient, (d,), from the products with the stored directions."""
+        return raw * self.units
+
+    def _to_raw(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the stored directions are multiplied by, (..., d), for coefficients in units."""
+        return rows * self.units.to(rows.dtype)
+
     @torch.no_grad()
     def project(self, tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
         """Returns units * (U^T g) for gradients g given per parameter; None counts as zero.
@@ -167,13 +185,16 @@ class Basis(HubFiles):
         Returns:
             `torch.Tensor` of shape `(d,)`, fp32 (fp64 for a float64 basis), on the basis' device.
         """
-        raw = torch.zeros(self.dim, dtype=self.compute_dtype, device=self.device)
-        for index, (tensor, (first, last)) in enumerate(zip(tensors, self.spans, strict=True)):
-            if tensor is not None:
-                flat = tensor.reshape(-1)
-                for start, stop, columns in self._columns(index, _COLUMNS):
-                    raw[first:last].addmv_(columns, flat[start:stop].to(columns.dtype))
-        return raw * self.units
+        tensors = list(tensors)
+        raw = compiled.project(self, tensors) if self.has_loops else None
+        if raw is None:
+            raw = torch.zeros(self.dim, dtype=self.compute_dtype, device=self.device)
+            for index, (tensor, (first, last)) in enumerate(zip(tensors, self.spans, strict=True)):
+                if tensor is not None:
+                    flat = tensor.reshape(-1)
+                    for start, stop, columns in self._columns(index, _COLUMNS):
+                        raw[first:last].addmv_(columns, flat[start:stop].to(columns.dtype))
+        return self._from_raw(raw)
 
     @torch.no_grad()
     def add_(self, tensors: Iterable[torch.Tensor], coefficients: torch.Tensor) -> None:
@@ -181,11 +202,14 @@ class Basis(HubFiles):
 
         Sums are formed in the wider of the two precisions: fp64 weights stay fp64, those below fp32 are rounded once.
         """
+        tensors = list(tensors)
+        if self.has_loops and compiled.add(self, tensors, self._to_raw(coefficients.to(self.compute_dtype))):
+            return
         for index, (tensor, (first, last)) in enumerate(zip(tensors, self.spans, strict=True)):
             # reshape copies where the memory is not contiguous (channels_last); that copy is written back below
             flat = tensor.detach().reshape(-1)
             wide = torch.promote_types(flat.dtype, self.compute_dtype)
-            c = coefficients[first:last].to(wide) * self.units[first:last].to(wide)
+            c = self._to_raw(coefficients.to(wide))[first:last]
             for start, stop, columns in self._columns(index, _COLUMNS):
                 part = flat[start:stop]
                 if part.dtype == columns.dtype == wide:
@@ -194,6 +218,29 @@ class Basis(HubFiles):
                     part.copy_(torch.addmv(part.to(wide), columns.to(wide).T, c))
             if flat.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(flat.view(tensor.shape))
+
+    @torch.no_grad()
+    def publish_(
+        self,
+        weights: Sequence[torch.Tensor | None],
+        before: Sequence[torch.Tensor | None],
+        ways: Sequence[torch.Tensor | None],
+        rows: torch.Tensor,
+        moved: torch.Tensor,
+    ) -> bool:
+        """Adds lift(rows[0] - rows[1]) to `weights`, and writes lift(rows[1]) to `ways`, in one pass over U.
+
+        Args:
+            weights, ways: fp32, one a parameter; None: it stays as it is.
+            before: What the weights become where `moved` is false; None: they move.
+            rows (`torch.Tensor` of shape `(2, d)`): Coefficients.
+            moved (0-d bool `torch.Tensor`): Whether the weights move.
+
+        Returns:
+            Whether it did that; where there is no compiled loop for it, nothing was done.
+        """
+        # `moved` is not read from another device
+        return self.has_loops and compiled.publish(self, weights, before, ways, self._to_raw(rows), bool(moved))
 
     @torch.no_grad()
     def lift_rows(
@@ -210,7 +257,7 @@ class Basis(HubFiles):
         """
         dtype = self.compute_dtype if dtype is None else dtype
         first, last = self.spans[index]
-        scaled = rows[:, first:last].to(dtype) * self.units[first:last].to(dtype)  # (r, d_p)
+        scaled = self._to_raw(rows.to(dtype))[:, first:last]  # (r, d_p)
         for start, stop, columns in self._columns(index, _COLUMNS):
             yield start, stop, scaled @ columns.to(dtype)
 

@@ -11,6 +11,7 @@ import torch
 from ..foundation.checked import FLOATS, check_float, check_integer
 from ..foundation.hub import take
 from .basis import SAMPLED, Basis
+from .compiled import Stored
 from .layout import Layout
 from .stored import stored_layout, stored_spans
 
@@ -105,6 +106,10 @@ class DenseBasis(Basis):
         parts = [matrix[:, :16].bfloat16().cpu().contiguous().view(torch.int16) for matrix in self._matrices]
         digest = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()[:16]
         return f"{known}-{digest}"
+
+    def stored(self) -> Stored | None:
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+        return Stored(names[self.dtype], self._matrices) if self.dtype in names else None
 
     def _columns(self, index: int, width: int) -> Iterator[tuple[int, int, torch.Tensor]]:
         matrix, compute = self._matrices[index], self.compute_dtype

@@ -1,0 +1,334 @@
+// Products with stored directions on a CPU: project, lift and publish, over a table of all parameters in one call.
+//
+// A matrix is U_p^T, (rows, numel), one direction a row, read once from memory, 4096 columns at a time, so that the
+// gradient or the sums of these columns stay in the first cache. Chunks are the same for any number of threads, and
+// their sums are added in order: the result does not depend on the number of threads.
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int64_t CHUNK = 4096;  // columns; a multiple of BLOCK
+constexpr int64_t BLOCK = 128;   // columns that share a scale
+constexpr int LANES = 16;
+
+typedef float Lanes __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int8_t Bytes __attribute__((vector_size(16)));
+typedef uint8_t Unsigned __attribute__((vector_size(16)));
+
+template <class V>
+inline V take(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+inline void put(float* p, Lanes v) { std::memcpy(p, &v, sizeof(v)); }
+
+inline float of_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+// How the numbers of a row are stored. `lanes(row, i)`: 16 numbers from column i, a multiple of 16, in the order of the
+// buffers; `one(row, i)`: that of column i. `scaled`: a scale for each BLOCK of columns. `paired`: in the buffers the
+// even columns of each 32 come first.
+struct F32 {
+  static constexpr bool scaled = false, paired = false;
+  static int64_t bytes(int64_t columns) { return 4 * columns; }
+  static Lanes lanes(const char* row, int64_t i) { return take<Lanes>(row + 4 * i); }
+  static float one(const char* row, int64_t i) { return take<float>(row + 4 * i); }
+};
+
+struct BF16 {
+  static constexpr bool scaled = false, paired = false;
+  static int64_t bytes(int64_t columns) { return 2 * columns; }
+  static Lanes lanes(const char* row, int64_t i) {
+    Integers wide = __builtin_convertvector(take<Halves>(row + 2 * i), Integers) << 16;
+    return take<Lanes>(&wide);
+  }
+  static float one(const char* row, int64_t i) { return of_bits(uint32_t(take<uint16_t>(row + 2 * i)) << 16); }
+};
+
+struct Int8 {
+  static constexpr bool scaled = true, paired = false;
+  static int64_t bytes(int64_t columns) { return columns; }
+  static Lanes lanes(const char* row, int64_t i) {
+    return __builtin_convertvector(__builtin_convertvector(take<Bytes>(row + i), Integers), Lanes);
+  }
+  static float one(const char* row, int64_t i) { return float(take<int8_t>(row + i)); }
+};
+
+// Two a byte, the even column in the low half; stored as the number plus 8.
+struct Int4 {
+  static constexpr bool scaled = true, paired = true;
+  static int64_t bytes(int64_t columns) { return (columns + 1) / 2; }
+  static Lanes lanes(const char* row, int64_t i) {
+    Unsigned two = take<Unsigned>(row + i / 32 * 16);
+    Unsigned one = i % 32 ? two >> 4 : two & 15;
+    return __builtin_convertvector(__builtin_convertvector(one, Integers) - 8, Lanes);
+  }
+  static float one(const char* row, int64_t i) {
+    uint8_t two = take<uint8_t>(row + i / 2);
+    return float(int(i % 2 ? two >> 4 : two & 15) - 8);
+  }
+};
+
+template <class S>
+void reorder(float* numbers, int64_t columns) {  // to the order of the buffers
+  if (!S::paired) return;
+  float even[16], odd[16];
+  for (int64_t i = 0; i < columns; i += 32) {
+    for (int j = 0; j < 16; ++j) even[j] = numbers[i + 2 * j], odd[j] = numbers[i + 2 * j + 1];
+    std::memcpy(numbers + i, even, 64);
+    std::memcpy(numbers + i + 16, odd, 64);
+  }
+}
+
+template <class S>
+void order(float* numbers, int64_t columns) {  // and back
+  if (!S::paired) return;
+  float both[32];
+  for (int64_t i = 0; i < columns; i += 32) {
+    for (int j = 0; j < 16; ++j) both[2 * j] = numbers[i + j], both[2 * j + 1] = numbers[i + 16 + j];
+    std::memcpy(numbers + i, both, 128);
+  }
+}
+
+// What a parameter's directions are; `scales` is (rows, blocks), or null.
+struct Matrix {
+  const char* codes;
+  const float* scales;
+  int64_t rows, numel, first;  // `first`: its first coefficient
+
+  int64_t chunks() const { return (numel + CHUNK - 1) / CHUNK; }
+  int64_t blocks() const { return (numel + BLOCK - 1) / BLOCK; }
+};
+
+template <class S>
+float scale_at(const Matrix& m, int64_t row, int64_t column) {
+  return S::scaled ? m.scales[row * m.blocks() + column / BLOCK] : 1.0f;
+}
+
+// out[r] = <row r of these columns, g>; g in the order of the buffers up to `whole`, a multiple of 32.
+template <class S, int N>
+void dots(const Matrix& m, int64_t row, int64_t start, int64_t columns, const float* g, double* out) {
+  const char* at[N];
+  Lanes sum[N] = {};
+  for (int k = 0; k < N; ++k) at[k] = m.codes + (row + k) * S::bytes(m.numel) + S::bytes(start);
+  const int64_t whole = columns & ~int64_t(31);
+  if (S::scaled) {
+    for (int64_t block = 0; block < whole; block += BLOCK) {
+      Lanes part[N] = {};
+      const int64_t end = block + BLOCK < whole ? block + BLOCK : whole;
+      for (int64_t i = block; i < end; i += LANES) {
+        Lanes of_g = take<Lanes>(g + i);
+        for (int k = 0; k < N; ++k) part[k] += S::lanes(at[k], i) * of_g;
+      }
+      for (int k = 0; k < N; ++k) sum[k] += part[k] * scale_at<S>(m, row + k, start + block);
+    }
+  } else {
+    for (int64_t i = 0; i < whole; i += LANES) {
+      Lanes of_g = take<Lanes>(g + i);
+      for (int k = 0; k < N; ++k) sum[k] += S::lanes(at[k], i) * of_g;
+    }
+  }
+  for (int k = 0; k < N; ++k) {
+    double total = 0;
+    for (int j = 0; j < LANES; ++j) total += sum[k][j];
+    for (int64_t i = whole; i < columns; ++i)
+      total += double(S::one(at[k], i)) * scale_at<S>(m, row + k, start + i) * g[i];
+    out[k] = total;
+  }
+}
+
+// sums[r] += sum over N rows of coefficients[r][row] * row, for R vectors of coefficients of `width` numbers each.
+template <class S, int N, int R>
+void add_rows(const Matrix& m, int64_t row, int64_t start, int64_t columns, const float* coefficients, int64_t width,
+              float* sums) {
+  const char* at[N];
+  for (int k = 0; k < N; ++k) at[k] = m.codes + (row + k) * S::bytes(m.numel) + S::bytes(start);
+  const int64_t whole = columns & ~int64_t(31);
+  const int64_t step = S::scaled ? BLOCK : CHUNK;
+  for (int64_t block = 0; block < whole; block += step) {
+    float c[R][N];
+    for (int r = 0; r < R; ++r)
+      for (int k = 0; k < N; ++k)
+        c[r][k] = coefficients[r * width + row + k] * scale_at<S>(m, row + k, start + block);
+    const int64_t end = block + step < whole ? block + step : whole;
+    for (int64_t i = block; i < end; i += LANES) {
+      Lanes number[N];
+      for (int k = 0; k < N; ++k) number[k] = S::lanes(at[k], i);
+      for (int r = 0; r < R; ++r) {
+        Lanes sum = take<Lanes>(sums + r * CHUNK + i);
+        for (int k = 0; k < N; ++k) sum += number[k] * c[r][k];
+        put(sums + r * CHUNK + i, sum);
+      }
+    }
+  }
+  for (int64_t i = whole; i < columns; ++i)
+    for (int k = 0; k < N; ++k)
+      for (int r = 0; r < R; ++r)
+        sums[r * CHUNK + i] +=
+            S::one(at[k], i) * scale_at<S>(m, row + k, start + i) * coefficients[r * width + row + k];
+}
+
+template <class S, int R>
+void lifted(const Matrix& m, int64_t start, int64_t columns, const float* coefficients, int64_t width, float* sums) {
+  std::memset(sums, 0, R * CHUNK * sizeof(float));
+  int64_t row = 0;
+  for (; row + 4 <= m.rows; row += 4) add_rows<S, 4, R>(m, row, start, columns, coefficients, width, sums);
+  for (; row < m.rows; ++row) add_rows<S, 1, R>(m, row, start, columns, coefficients, width, sums);
+  for (int r = 0; r < R; ++r) order<S>(sums + r * CHUNK, columns & ~int64_t(31));
+}
+
+template <class Work>
+void in_threads(int64_t chunks, int threads, const Work& work) {
+  std::atomic<int64_t> next(0);
+  auto run = [&] {
+    for (int64_t chunk; (chunk = next.fetch_add(1)) < chunks;) work(chunk);
+  };
+  std::vector<std::thread> others;
+  for (int t = 1; t < threads; ++t) others.emplace_back(run);
+  run();
+  for (auto& thread : others) thread.join();
+}
+
+struct Table {
+  std::vector<Matrix> matrices;
+  std::vector<int64_t> begins;  // the first chunk of each parameter, and their number
+  std::vector<int32_t> owner;   // of each chunk
+
+  Table(int64_t count, const int64_t* numel, const int64_t* rows, const int64_t* first, void* const* codes,
+        void* const* scales) {
+    begins.push_back(0);
+    for (int64_t p = 0; p < count; ++p) {
+      matrices.push_back({static_cast<const char*>(codes[p]), static_cast<const float*>(scales[p]), rows[p], numel[p],
+                          first[p]});
+      begins.push_back(begins.back() + matrices.back().chunks());
+      owner.insert(owner.end(), matrices.back().chunks(), int32_t(p));
+    }
+  }
+  int64_t start(int64_t chunk) const { return (chunk - begins[owner[chunk]]) * CHUNK; }
+  int64_t columns(int64_t chunk) const {
+    int64_t left = matrices[owner[chunk]].numel - start(chunk);
+    return left < CHUNK ? left : CHUNK;
+  }
+};
+
+template <class S>
+void project(const Table& table, void* const* gradients, const int32_t* halves, int threads, double* out) {
+  int64_t most = 1;
+  for (auto& m : table.matrices) most = m.rows > most ? m.rows : most;
+  std::vector<double> parts(table.owner.size() * most);
+  in_threads(table.owner.size(), threads, [&](int64_t chunk) {
+    const int32_t p = table.owner[chunk];
+    if (gradients[p] == nullptr) return;
+    const Matrix& m = table.matrices[p];
+    const int64_t start = table.start(chunk), columns = table.columns(chunk);
+    alignas(64) float g[CHUNK];
+    if (halves[p]) {
+      const char* from = static_cast<const char*>(gradients[p]) + 2 * start;
+      int64_t i = 0;
+      for (; i + LANES <= columns; i += LANES) put(g + i, BF16::lanes(from, i));
+      for (; i < columns; ++i) g[i] = BF16::one(from, i);
+    } else {
+      std::memcpy(g, static_cast<const float*>(gradients[p]) + start, columns * sizeof(float));
+    }
+    reorder<S>(g, columns & ~int64_t(31));
+    double* part = parts.data() + chunk * most;
+    int64_t row = 0;
+    for (; row + 4 <= m.rows; row += 4) dots<S, 4>(m, row, start, columns, g, part + row);
+    for (; row < m.rows; ++row) dots<S, 1>(m, row, start, columns, g, part + row);
+  });
+  for (size_t chunk = 0; chunk < table.owner.size(); ++chunk) {
+    const Matrix& m = table.matrices[table.owner[chunk]];
+    for (int64_t row = 0; row < m.rows; ++row) out[m.first + row] += parts[chunk * most + row];
+  }
+}
+
+template <class S>
+void add(const Table& table, void* const* weights, const float* coefficients, int threads) {
+  in_threads(table.owner.size(), threads, [&](int64_t chunk) {
+    if (weights[table.owner[chunk]] == nullptr) return;
+    const Matrix& m = table.matrices[table.owner[chunk]];
+    const int64_t start = table.start(chunk), columns = table.columns(chunk);
+    alignas(64) float sums[CHUNK];
+    lifted<S, 1>(m, start, columns, coefficients + m.first, 0, sums);
+    float* to = static_cast<float*>(weights[table.owner[chunk]]) + start;
+    for (int64_t i = 0; i < columns; ++i) to[i] += sums[i];
+  });
+}
+
+// weights += lift(first row) - lift(second row), and way = lift(second row); where not `moved`: weights = before.
+template <class S>
+void publish(const Table& table, void* const* weights, void* const* before, void* const* way,
+             const float* coefficients, int64_t dim, int moved, int threads) {
+  in_threads(table.owner.size(), threads, [&](int64_t chunk) {
+    const int32_t p = table.owner[chunk];
+    if (weights[p] == nullptr) return;
+    const Matrix& m = table.matrices[p];
+    const int64_t start = table.start(chunk), columns = table.columns(chunk);
+    alignas(64) float sums[2 * CHUNK];
+    lifted<S, 2>(m, start, columns, coefficients + m.first, dim, sums);
+    float *to = static_cast<float*>(weights[p]) + start, *ahead = static_cast<float*>(way[p]) + start;
+    const float* old = before[p] == nullptr ? nullptr : static_cast<const float*>(before[p]) + start;
+    const float *delta = sums, *back = sums + CHUNK;
+    if (old != nullptr && !moved) {
+      for (int64_t i = 0; i < columns; ++i) to[i] = old[i], ahead[i] = back[i];
+    } else {
+      for (int64_t i = 0; i < columns; ++i) to[i] = (delta[i] + to[i]) - back[i], ahead[i] = back[i];
+    }
+  });
+}
+
+}  // namespace
+
+// `storage`: 0 fp32, 1 bf16, 2 int8, 3 int4. Tables are made once a basis.
+extern "C" {
+
+void* sl2o_table(int64_t count, const int64_t* numel, const int64_t* rows, const int64_t* first, void* const* codes,
+                 void* const* scales) {
+  return new Table(count, numel, rows, first, codes, scales);
+}
+
+void sl2o_forget(void* table) { delete static_cast<Table*>(table); }
+
+#define FOR_STORAGE(call)          \
+  switch (storage) {               \
+    case 0: call(F32); break;      \
+    case 1: call(BF16); break;     \
+    case 2: call(Int8); break;     \
+    default: call(Int4); break;    \
+  }
+
+void sl2o_project(const void* table, int storage, void* const* gradients, const int32_t* halves, int threads,
+                  double* out) {
+  const Table& t = *static_cast<const Table*>(table);
+#define CALL(S) project<S>(t, gradients, halves, threads, out)
+  FOR_STORAGE(CALL)
+#undef CALL
+}
+
+void sl2o_add(const void* table, int storage, void* const* weights, const float* coefficients, int threads) {
+  const Table& t = *static_cast<const Table*>(table);
+#define CALL(S) add<S>(t, weights, coefficients, threads)
+  FOR_STORAGE(CALL)
+#undef CALL
+}
+
+void sl2o_publish(const void* table, int storage, void* const* weights, void* const* before, void* const* way,
+                  const float* coefficients, int64_t dim, int moved, int threads) {
+  const Table& t = *static_cast<const Table*>(table);
+#define CALL(S) publish<S>(t, weights, before, way, coefficients, dim, moved, threads)
+  FOR_STORAGE(CALL)
+#undef CALL
+}
+}
