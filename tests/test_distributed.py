@@ -42,3 +42,16 @@ def test_two_processes_train_as_one(tmp_path, mode):
     assert distance(one, other) > 1e-3
     if mode == "record":
         assert Trajectory(tmp_path / "two" / "trajectory").steps == [0, 3, 6]
+
+
+@pytest.mark.parametrize("mode", ["stream", "stream-accumulated"])
+def test_streamed_gradients_train_as_kept_ones_and_send_d_numbers(tmp_path, mode):
+    batch = 8 if mode == "stream" else 4
+    (one,) = launch(tmp_path / "one", 1, 8, "kept")
+    first, second = launch(tmp_path / "two", 2, batch // 2, mode)
+    assert all(torch.equal(first[name], second[name]) for name in first if name != "losses")
+    assert first["left to DDP"].numel() == 1 and first["sent"].tolist() == [6] * 6  # d, once a step
+    shared = {name: value for name, value in first.items() if name in one}
+    assert distance(shared, one) < 1e-4 and float(one["c"].abs().max()) > 0.1
+    (other,) = launch(tmp_path / "other", 1, 4, "kept")  # the break: half the batch
+    assert distance(shared, other) > 1e-3

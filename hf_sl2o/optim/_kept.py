@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ..subspace import Basis
 from ._common import GuardedStep, NonFiniteGuard
 from ._state import check_entry, check_same, check_state, load_keeping_dtypes, warn_of_another_rate
+from ._streaming import Streamer
 from ._two_points import REPLACES, TwoPoints
 from ._weights import Weights
 from .learned import LearnedOptimizer
@@ -31,6 +32,7 @@ class KeepsCoefficients(TwoPoints):
     _origin: torch.Tensor | None  # (d,) coordinates of theta_0
     _at_average: bool  # where the weights are
     _fresh: bool
+    _streamer: Streamer | None = None  # not copied: the copy of a model is without hooks
 
     _OWN = (
         "basis", "max_grad_norm", "average", "_inner", "_outside", "_delta", "_mean", "_origin", "_at_average",
@@ -55,6 +57,20 @@ class KeepsCoefficients(TwoPoints):
         self._norm = torch.zeros((), dtype=self.basis.compute_dtype, device=self.basis.device)
         self._from_last = self._told_frozen = False
         self._same: torch.Tensor | None = None  # 0-d, on a GPU: whether all weights were as written, as far as read
+
+    @property
+    def streamer(self) -> Streamer | None:
+        """What projects gradients as they are born, with `stream_gradients`."""
+        return self._streamer
+
+    def detach(self) -> None:
+        """Lets go of the model, whose weights stay at the average, and whose gradients stay where backward puts them.
+
+        A streaming optimizer cannot step after that.
+        """
+        super().detach()
+        if self._streamer is not None:
+            self._streamer.close()
 
     def _follow(self) -> None:
         """A model may be moved after its optimizer was made (`Accelerator.prepare`): what is kept here follows."""

@@ -18,6 +18,7 @@ from ..subspace import Basis
 from ._common import average_weight, check_group, check_number, is_finite, refuse_sparse, trains
 from ._inner import check_inner, check_trainable, warn_of_another_start
 from ._kept import KeepsCoefficients
+from ._streaming import Streamer
 from ._two_points import HINT, parameters_of
 from .learned import LearnedOptimizer
 
@@ -56,6 +57,10 @@ class SubspaceOptimizer(KeepsCoefficients):
             0: none.
         outside (callable `[parameters] -> torch.optim.Optimizer`, *optional*): Trains the trainable parameters outside
             the basis (a new head) in a second param group. By default they are left alone, and named in a warning.
+        stream_gradients (`bool`, *optional*, defaults to `False`): Project each gradient as backward makes it, and
+            free it: no more than one parameter's gradient lives at a time, and processes send d numbers instead of n.
+            Needs the model, before it is wrapped by DDP. All that is left in `.grad` is the projected gradient, in one
+            small parameter. A copy or pickle of the optimizer goes without.
 
     Raises:
         `ValueError`: the model's names or shapes differ from the basis (the first difference is named); a parameter
@@ -87,6 +92,7 @@ class SubspaceOptimizer(KeepsCoefficients):
         max_grad_norm: float = 0.0,
         average: float = 0.0,
         outside: Inner | None = None,
+        stream_gradients: bool = False,
     ) -> None:
         check_average(average)
         check_number("max_grad_norm", max_grad_norm)
@@ -146,8 +152,16 @@ class SubspaceOptimizer(KeepsCoefficients):
             )
         self._reset()
         self._building = False
+        if stream_gradients:
+            if model is None:
+                raise ValueError("stream_gradients puts hooks on the model: pass the model itself, not its parameters")
+            self._streamer = Streamer(model, covered, self._basis_here)
         if model is not None:
             self.attach(model)
+
+    def _basis_here(self) -> Basis:
+        self._follow()
+        return self.basis
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if not getattr(self, "_building", True):
@@ -239,9 +253,18 @@ class SubspaceOptimizer(KeepsCoefficients):
 
     # The step
 
+    @property
+    def _has_gradient(self) -> bool:
+        if self._streamer is not None:
+            return self._streamer.gradient is not None
+        return any(p.grad is not None and trains(p) for p in self.param_groups[0]["params"])
+
     @torch.no_grad()
     def projected_gradient(self) -> torch.Tensor:
         """Returns g = project(gradients), of shape `(d,)`, unclipped; a parameter without gradient counts as zero."""
+        if self._streamer is not None:
+            g = self._streamer.gradient
+            return torch.zeros_like(self._c, requires_grad=False) if g is None else g.clone()
         gradients = [p.grad if trains(p) else None for p in self.param_groups[0]["params"]]
         refuse_sparse(gradients)
         self._follow()
@@ -249,7 +272,15 @@ class SubspaceOptimizer(KeepsCoefficients):
 
     @torch.no_grad()
     def gradient_share(self) -> torch.Tensor:
-        """Returns |U U^T grad|^2 / |grad|^2 over the covered parameters, 0-d: how much of it the subspace holds."""
+        """Returns |U U^T grad|^2 / |grad|^2 over the covered parameters, 0-d: how much of it the subspace holds.
+
+        Raises:
+            `NotImplementedError`: gradients are streamed, and the whole one is gone.
+        """
+        if self._streamer is not None:
+            raise NotImplementedError(
+                "with stream_gradients only the projected gradient is kept; leave it out for this"
+            )
         inside = torch.linalg.vector_norm(self.projected_gradient() / self.basis.units)
         norms = [torch.linalg.vector_norm(p.grad) for p in self.param_groups[0]["params"] if p.grad is not None]
         whole = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
@@ -279,7 +310,7 @@ class SubspaceOptimizer(KeepsCoefficients):
             with torch.enable_grad():
                 loss = closure()
         group = self.param_groups[0]
-        covered = any(p.grad is not None and trains(p) for p in group["params"])
+        covered = self._has_gradient
         gradients = [p.grad for other in self.param_groups[1:] for p in other["params"] if p.grad is not None]
         if not covered and not gradients:
             self.publish()

@@ -167,11 +167,11 @@ class Basis(HubFiles):
         """Whether a compiled loop may read the directions; `torch.compile` makes its own."""
         return not torch.compiler.is_compiling() and self.device.type == "cpu" and self.stored() is not None
 
-    def _from_raw(self, raw: torch.Tensor) -> torch.Tensor:
+    def from_products(self, raw: torch.Tensor) -> torch.Tensor:
         """A projected gradient, (d,), from the products with the stored directions."""
         return raw * self.units
 
-    def _to_raw(self, rows: torch.Tensor) -> torch.Tensor:
+    def to_products(self, rows: torch.Tensor) -> torch.Tensor:
         """What the stored directions are multiplied by, (..., d), for coefficients in units."""
         return rows * self.units.to(rows.dtype)
 
@@ -191,10 +191,24 @@ class Basis(HubFiles):
             raw = torch.zeros(self.dim, dtype=self.compute_dtype, device=self.device)
             for index, (tensor, (first, last)) in enumerate(zip(tensors, self.spans, strict=True)):
                 if tensor is not None:
-                    flat = tensor.reshape(-1)
-                    for start, stop, columns in self._columns(index, _COLUMNS):
-                        raw[first:last].addmv_(columns, flat[start:stop].to(columns.dtype))
-        return self._from_raw(raw)
+                    raw[first:last] += self._products(index, tensor)
+        return self.from_products(raw)
+
+    @torch.no_grad()
+    def project_part(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns what the gradient of parameter `index` adds to the products that `project` puts into units: (d_p,).
+
+        The sum over the parameters, each at its span, goes through `from_products`.
+        """
+        raw = compiled.project(self, [tensor], index) if self.has_loops else None
+        return self._products(index, tensor) if raw is None else raw[slice(*self.spans[index])]
+
+    def _products(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
+        flat, (first, last) = tensor.reshape(-1), self.spans[index]
+        raw = torch.zeros(last - first, dtype=self.compute_dtype, device=self.device)
+        for start, stop, columns in self._columns(index, _COLUMNS):
+            raw.addmv_(columns, flat[start:stop].to(columns.dtype))
+        return raw
 
     @torch.no_grad()
     def add_(self, tensors: Iterable[torch.Tensor], coefficients: torch.Tensor) -> None:
@@ -203,13 +217,13 @@ class Basis(HubFiles):
         Sums are formed in the wider of the two precisions: fp64 weights stay fp64, those below fp32 are rounded once.
         """
         tensors = list(tensors)
-        if self.has_loops and compiled.add(self, tensors, self._to_raw(coefficients.to(self.compute_dtype))):
+        if self.has_loops and compiled.add(self, tensors, self.to_products(coefficients.to(self.compute_dtype))):
             return
         for index, (tensor, (first, last)) in enumerate(zip(tensors, self.spans, strict=True)):
             # reshape copies where the memory is not contiguous (channels_last); that copy is written back below
             flat = tensor.detach().reshape(-1)
             wide = torch.promote_types(flat.dtype, self.compute_dtype)
-            c = self._to_raw(coefficients.to(wide))[first:last]
+            c = self.to_products(coefficients.to(wide))[first:last]
             for start, stop, columns in self._columns(index, _COLUMNS):
                 part = flat[start:stop]
                 if part.dtype == columns.dtype == wide:
@@ -240,7 +254,7 @@ class Basis(HubFiles):
             Whether it did that; where there is no compiled loop for it, nothing was done.
         """
         # `moved` is not read from another device
-        return self.has_loops and compiled.publish(self, weights, before, ways, self._to_raw(rows), bool(moved))
+        return self.has_loops and compiled.publish(self, weights, before, ways, self.to_products(rows), bool(moved))
 
     @torch.no_grad()
     def lift_rows(
@@ -257,7 +271,7 @@ class Basis(HubFiles):
         """
         dtype = self.compute_dtype if dtype is None else dtype
         first, last = self.spans[index]
-        scaled = self._to_raw(rows.to(dtype))[:, first:last]  # (r, d_p)
+        scaled = self.to_products(rows.to(dtype))[:, first:last]  # (r, d_p)
         for start, stop, columns in self._columns(index, _COLUMNS):
             yield start, stop, scaled @ columns.to(dtype)
 

@@ -223,34 +223,37 @@ struct Table {
   }
 };
 
+// Of the parameters `begin` to `end`, whose gradients are given.
 template <class S>
-void project(const Table& table, void* const* gradients, const int32_t* halves, int threads, double* out) {
+void project(const Table& table, int64_t begin, int64_t end, void* const* gradients, const int32_t* halves,
+             int threads, double* out) {
   int64_t most = 1;
-  for (auto& m : table.matrices) most = m.rows > most ? m.rows : most;
-  std::vector<double> parts(table.owner.size() * most);
-  in_threads(table.owner.size(), threads, [&](int64_t chunk) {
-    const int32_t p = table.owner[chunk];
-    if (gradients[p] == nullptr) return;
+  for (int64_t p = begin; p < end; ++p) most = table.matrices[p].rows > most ? table.matrices[p].rows : most;
+  const int64_t before = table.begins[begin], count = table.begins[end] - before;
+  std::vector<double> parts(count * most);
+  in_threads(count, threads, [&](int64_t number) {
+    const int64_t chunk = before + number, p = table.owner[chunk];
+    if (gradients[p - begin] == nullptr) return;
     const Matrix& m = table.matrices[p];
     const int64_t start = table.start(chunk), columns = table.columns(chunk);
     alignas(64) float g[CHUNK];
-    if (halves[p]) {
-      const char* from = static_cast<const char*>(gradients[p]) + 2 * start;
+    if (halves[p - begin]) {
+      const char* from = static_cast<const char*>(gradients[p - begin]) + 2 * start;
       int64_t i = 0;
       for (; i + LANES <= columns; i += LANES) put(g + i, BF16::lanes(from, i));
       for (; i < columns; ++i) g[i] = BF16::one(from, i);
     } else {
-      std::memcpy(g, static_cast<const float*>(gradients[p]) + start, columns * sizeof(float));
+      std::memcpy(g, static_cast<const float*>(gradients[p - begin]) + start, columns * sizeof(float));
     }
     reorder<S>(g, columns & ~int64_t(31));
-    double* part = parts.data() + chunk * most;
+    double* part = parts.data() + number * most;
     int64_t row = 0;
     for (; row + 4 <= m.rows; row += 4) dots<S, 4>(m, row, start, columns, g, part + row);
     for (; row < m.rows; ++row) dots<S, 1>(m, row, start, columns, g, part + row);
   });
-  for (size_t chunk = 0; chunk < table.owner.size(); ++chunk) {
-    const Matrix& m = table.matrices[table.owner[chunk]];
-    for (int64_t row = 0; row < m.rows; ++row) out[m.first + row] += parts[chunk * most + row];
+  for (int64_t number = 0; number < count; ++number) {
+    const Matrix& m = table.matrices[table.owner[before + number]];
+    for (int64_t row = 0; row < m.rows; ++row) out[m.first + row] += parts[number * most + row];
   }
 }
 
@@ -309,10 +312,10 @@ void sl2o_forget(void* table) { delete static_cast<Table*>(table); }
     default: call(Int4); break;    \
   }
 
-void sl2o_project(const void* table, int storage, void* const* gradients, const int32_t* halves, int threads,
-                  double* out) {
+void sl2o_project(const void* table, int storage, int64_t begin, int64_t end, void* const* gradients,
+                  const int32_t* halves, int threads, double* out) {
   const Table& t = *static_cast<const Table*>(table);
-#define CALL(S) project<S>(t, gradients, halves, threads, out)
+#define CALL(S) project<S>(t, begin, end, gradients, halves, threads, out)
   FOR_STORAGE(CALL)
 #undef CALL
 }

@@ -99,8 +99,8 @@ def _fp32(tensors: Sequence[torch.Tensor | None]) -> bool:
     )
 
 
-def project(basis: Any, gradients: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """Returns the sums U_p^T g over the parameters, without units, fp32 of shape `(d,)`; None: not done.
+def project(basis: Any, gradients: Sequence[torch.Tensor | None], begin: int = 0) -> torch.Tensor | None:
+    """Returns the sum of U_p^T g over the parameters from number `begin` on, without units, (d,); None: not done.
 
     Sums of 4,096 columns are formed in fp32, those of them in fp64.
     """
@@ -118,7 +118,8 @@ def project(basis: Any, gradients: Sequence[torch.Tensor | None]) -> torch.Tenso
     halves = (ctypes.c_int32 * len(flat))(*(int(g is not None and g.dtype == torch.bfloat16) for g in flat))
     out = torch.zeros(basis.dim, dtype=torch.float64)
     address = ctypes.c_void_p(out.data_ptr())
-    library.sl2o_project(table.address, table.storage, _pointers(flat), halves, table.threads, address)
+    numbers = ctypes.c_int64(begin), ctypes.c_int64(begin + len(flat))
+    library.sl2o_project(table.address, table.storage, *numbers, _pointers(flat), halves, table.threads, address)
     return out.float()
 
 

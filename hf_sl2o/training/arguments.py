@@ -63,6 +63,10 @@ class SL2OTrainingArguments(TrainingArguments):
         default="freeze",
         metadata={"help": 'Trainable parameters outside the basis: "freeze", or "adamw" (a second param group).'},
     )
+    sl2o_stream_gradients: bool = field(
+        default=False,
+        metadata={"help": "Project each gradient as backward makes it and free it; send d numbers instead of n."},
+    )
     sl2o_warmup_steps: int = field(
         default=0,
         metadata={"help": "One run: AdamW for so many steps while recording, fit a basis, go on in it. 0: off."},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.optim import Optimizer
@@ -43,6 +43,7 @@ def build_optimizer(
     weight_decay: float = 0.0,
     outside: str = "freeze",
     max_grad_norm: float = 0.0,
+    stream_gradients: bool = False,
     total_steps: int | None = None,
 ) -> Optimizer:
     """Builds the optimizer of one of our names; strings are loaded here and nowhere else.
@@ -56,18 +57,19 @@ def build_optimizer(
         rule (`str`, `Path` or [`Rule`], *optional*): Folder, Hub id, name of a shipped one, or object; defaults to the
             shipped default.
         lr (`float`, *optional*): Defaults to 1.0 (sl2o, subspace_sgd) or 0.3 (subspace_adamw); one of Adam's scale is
-            replaced by that, with a warning ([`~hf_sl2o.training.step_size.step_size`]).
+            replaced by that with a warning.
         units (`str`, *optional*): `"std"` or `"orthonormal"`; defaults to the units the basis was saved with.
         momentum (`float`, *optional*, defaults to 0.0): Of subspace_sgd; the paper's Momentum has 0.9.
         average (`float`, *optional*): eta of a running average of what is moved, see [`SubspaceOptimizer`]; 0: none.
             Defaults to the rule's own where the model is given, and to none otherwise.
-        betas (`tuple[float, float]`, *optional*, defaults to `(0.9, 0.999)`): Of subspace_adamw.
-        eps (`float`, *optional*, defaults to 1e-8): Of subspace_adamw.
+        betas, eps (*optional*, default to `(0.9, 0.999)` and 1e-8): Of subspace_adamw.
         weight_decay (`float`, *optional*, defaults to 0.0): Decoupled, of matrices alone, where there is no basis; see
             [`LearnedOptimizer`] for how it scales.
-        outside (`str`, *optional*, defaults to `"freeze"`): What happens to trainable parameters the basis does not
-            cover: `"freeze"`, or `"adamw"` (lr 1e-3) in a second param group.
+        outside (`str`, *optional*, defaults to `"freeze"`): Of trainable parameters that the basis does not cover:
+            `"freeze"`, or `"adamw"` (lr 1e-3) in a second param group.
         max_grad_norm (`float`, *optional*, defaults to 0.0): Clip the projected gradient; 0: no clipping.
+        stream_gradients (`bool`, *optional*, defaults to `False`): Keep and send d numbers instead of n gradients;
+            needs the model and a basis, see [`SubspaceOptimizer`].
         total_steps (`int`, *optional*): Steps of the run, for a rule that sees the share that is done.
 
     Raises:
@@ -83,31 +85,37 @@ def build_optimizer(
     momentum = check_range("momentum", momentum, 0, 1, expected="a number in [0, 1)")
     refuse_useless(
         optim, with_basis=basis is not None, rule=rule, momentum=momentum, units=units, outside=outside,
-        max_grad_norm=max_grad_norm, weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm, weight_decay=weight_decay, stream_gradients=stream_gradients,
     )  # fmt: skip
     lr = step_size(optim, lr, momentum=momentum)
     if basis is None:
         _refuse_without_basis(optim)
         learned = load_rule(rule, with_basis=False)
-        average = _average(learned, average, model)
-        groups = _decay_groups(named, weight_decay)
+        average, groups = _average(learned, average, model), _decay_groups(named, weight_decay)
         optimizer: Any = LearnedOptimizer(groups, learned, lr=lr, total_steps=total_steps, average=average)
     else:
         basis = basis if isinstance(basis, Basis) else Basis.from_pretrained(basis)
-        if units is not None:
-            basis = basis.with_units(units)
-        inner: Inner
+        basis = basis if units is None else basis.with_units(units)
         if optim == "sl2o":
             learned = load_rule(rule, with_basis=True)
             average = _average(learned, average, model)
-            inner = partial(LearnedOptimizer, rule=learned, lr=lr, total_steps=total_steps)
+            inner: Inner = partial(LearnedOptimizer, rule=learned, lr=lr, total_steps=total_steps)
         else:
             inner = _baseline(optim, lr, momentum, betas, eps)
-        options: dict[str, Any] = {"max_grad_norm": max_grad_norm, "average": average or 0.0}
-        optimizer = SubspaceOptimizer(named, basis, inner, outside=_outside(outside), **options)
+        optimizer = SubspaceOptimizer(
+            named if model is None else model, basis, inner, max_grad_norm=max_grad_norm, average=average or 0.0,
+            outside=_outside(outside), stream_gradients=stream_gradients,
+        )  # fmt: skip
+        _send_once(optimizer)
     if model is not None:
         optimizer.attach(model)
     return optimizer  # type: ignore[no-any-return]
+
+
+def _send_once(optimizer: SubspaceOptimizer) -> None:
+    """Sums of an accumulated batch wait for its last part."""
+    if optimizer.streamer is not None:
+        optimizer.streamer.waits = lambda: not GradientState().sync_gradients
 
 
 def _baseline(optim: str, lr: float, momentum: float, betas: tuple[float, float], eps: float) -> Inner:
@@ -152,6 +160,7 @@ def refuse_useless(
     outside: str = "freeze",
     max_grad_norm: float = 0.0,
     weight_decay: float = 0.0,
+    stream_gradients: bool = False,
     **others: Any,
 ) -> None:
     """Raises `ValueError` for an argument of [`build_optimizer`] that `optim` has no use for."""
@@ -161,6 +170,7 @@ def refuse_useless(
         ("momentum", momentum and optim != "subspace_sgd", "of ours only subspace_sgd takes it"),
         ("units", units is not None and not with_basis, needs_basis),
         ("outside", outside != "freeze" and not with_basis, needs_basis),
+        ("stream_gradients", stream_gradients and not with_basis, "there are no fewer numbers to keep or send"),
         ("max_grad_norm", max_grad_norm and not with_basis, "clip the gradients themselves, as a Trainer does"),
     ):
         if given:

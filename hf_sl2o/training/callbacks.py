@@ -116,7 +116,8 @@ class SubspaceLogCallback(TrainerCallback):
 
     - `sl2o_coefficients_norm`: |c|
     - `sl2o_delta_norm`: |delta|, how far the last step moved c
-    - `sl2o_gradient_share`: |U U^T grad|^2 / |grad|^2 over the covered parameters, 1.0 if the subspace holds it all
+    - `sl2o_gradient_share`: |U U^T grad|^2 / |grad|^2 over the covered parameters, 1.0 if the subspace holds it all;
+      not with `stream_gradients`, which keeps the projected gradient alone
     - `sl2o_skipped_steps`: steps skipped since a gradient held NaN or Inf
     """
 
@@ -138,7 +139,9 @@ class SubspaceLogCallback(TrainerCallback):
             every: float = state.max_steps / max(state.num_train_epochs, 1)
         else:
             every = max(state.logging_steps, 1)
-        if isinstance(optimizer, SubspaceOptimizer) and (step % every == 0 or (step == 1 and args.logging_first_step)):
+        if not isinstance(optimizer, SubspaceOptimizer) or optimizer.streamer is not None:
+            return
+        if step % every == 0 or (step == 1 and args.logging_first_step):
             self._share = optimizer.gradient_share()  # a pass over n numbers, in logged steps only
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

@@ -6,9 +6,10 @@
 `Trainer._prepare_for_training`
     Before the optimizer is made: reads `optim_args` in words that help, and compares the arguments of the processes.
     After it is made and resumed: tells it the length of the run and the model, begins anew where a Trainer trains
-    again, and warns of what changes the result. Without: where the user gave epochs, a rule that sees the share of the
-    run that is done (`default`) raises at its first step; an optimizer that was made of named parameters does not
-    publish its average; ranks with other arguments train apart, or wait for ever.
+    again, keeps DDP from sending what is streamed, and warns of what changes the result. Without: where the user gave
+    epochs, a rule that sees the share of the run that is done (`default`) raises at its first step; an optimizer that
+    was made of named parameters does not publish its average; ranks with other arguments train apart, or wait for
+    ever.
 `Trainer._run_epoch`
     Leaves a finished run as it is; lets the optimizer listen to forward passes, and publishes the average where an
     epoch ends by an exception. Without: resuming a finished run takes a step too many; Ctrl-C between a forward pass
@@ -39,7 +40,7 @@ from torch.optim import Optimizer
 from transformers import trainer
 
 from ..foundation.ranks import check_same_on_all_ranks
-from ..optim import LearnedOptimizer, SubspaceOptimizer
+from ..optim import LearnedOptimizer, SubspaceOptimizer, send_nothing
 from .arguments import check_optim_args
 from .batch_norm import BatchNormCallback, has_running_statistics
 from .callbacks import unwrap_optimizer
@@ -67,6 +68,8 @@ def _prepare_for_training(self: trainer.Trainer, max_steps: int, *args: Any, **k
         if optimizer is known and done and not self.state.global_step:
             optimizer.begin_anew()  # a further run of this Trainer goes on from the weights that its user sees
         optimizer.attach(model)
+        if isinstance(optimizer, SubspaceOptimizer) and optimizer.streamer is not None:
+            send_nothing(self.model_wrapped, optimizer.streamer.carrier)
         if self.args.optim in OPTIMIZERS:
             begun = {"global_step": self.state.global_step, "optimizer_steps": done}
             check_same_on_all_ranks(begun, "resumed training", patience(self.args))

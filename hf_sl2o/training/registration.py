@@ -17,7 +17,7 @@ from .step_size import OPTIMIZERS, check_range, given_learning_rate
 
 logger = logging.getLogger(__name__)
 
-_OPTIM_ARGS = ("basis", "rule", "lr", "units", "momentum", "average", "outside")
+_OPTIM_ARGS = ("basis", "rule", "lr", "units", "momentum", "average", "outside", "stream_gradients")
 
 
 def _handler(context: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str, Any]]:
@@ -37,8 +37,13 @@ def _handler(context: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str
             momentum=args.sl2o_momentum,
             average=args.sl2o_average,
             outside=args.sl2o_outside,
+            stream_gradients=args.sl2o_stream_gradients,
         )
     options.update(given)
+    if "stream_gradients" in given:
+        if given["stream_gradients"].lower() not in ("true", "false"):
+            raise ValueError(f"optim_args has stream_gradients={given['stream_gradients']!r}, expected true or false")
+        options["stream_gradients"] = given["stream_gradients"].lower() == "true"
     for key in ("lr", "momentum", "average"):
         if key in given:
             try:
