@@ -1,6 +1,10 @@
 """The compiled loops over stored directions, beside a plain product in float64."""
 
+import importlib.util
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,9 +18,16 @@ SHAPES = ((3, 1), (64, 64), (128,), (2, 4099), (), (257, 130))
 LAYOUT = Layout(tuple(f"p{i}" for i in range(len(SHAPES))), SHAPES)
 
 
+# With TRITON_INTERPRET=1 these are tests of the Triton kernels, on CPU tensors.
+TRITON = os.environ.get("TRITON_INTERPRET") == "1"
+
+
 @pytest.fixture(autouse=True)
-def _loops():
-    if native.load_native(compiled._SOURCE) is None:
+def _loops(monkeypatch):
+    if TRITON:
+        pytest.importorskip("triton")
+        monkeypatch.setattr(compiled, "_OnCPU", compiled._OnCUDA)
+    elif native.load_native(compiled._SOURCE) is None:
         pytest.skip("there is no C++ compiler here, so there are no compiled loops")
 
 
@@ -165,3 +176,12 @@ def test_run_with_and_without_the_loops(average, monkeypatch):
     plain, plain_weights = run()
     assert losses == pytest.approx(plain, rel=1e-5)
     torch.testing.assert_close(weights, plain_weights, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(TRITON, reason="these are those tests")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with torch for CUDA on Linux")
+def test_the_same_of_the_triton_kernels():
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": "-p no:xdist -p no:cacheprovider"}
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", __file__]  # inf times 0, in numpy
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-3000:]

@@ -2,7 +2,7 @@
 
 - `layout`, `names`: the parameters of a model as one vector of length n
 - `basis`: what every basis does: `project` a gradient, `lift` a step;  `dense`, `random`, `identity`: the directions
-- `compiled`, `columns.cpp`: the two on a CPU, for all parameters in one call
+- `compiled`: the two for all parameters in one call, by `columns.cpp` on a CPU and `triton_columns` on CUDA
 - `trajectory`, `fit`: recorded snapshots, and their principal directions
 - `stored`: what a saved basis says of its layout
 

@@ -164,8 +164,8 @@ class Basis(HubFiles):
 
     @property
     def has_loops(self) -> bool:
-        """Whether a compiled loop may read the directions; `torch.compile` makes its own."""
-        return not torch.compiler.is_compiling() and self.device.type == "cpu" and self.stored() is not None
+        """Whether compiled loops may read the directions."""
+        return compiled.may_work(self)
 
     def from_products(self, raw: torch.Tensor) -> torch.Tensor:
         """A projected gradient, (d,), from the products with the stored directions."""
@@ -253,8 +253,7 @@ class Basis(HubFiles):
         Returns:
             Whether it did that; where there is no compiled loop for it, nothing was done.
         """
-        # `moved` is not read from another device
-        return self.has_loops and compiled.publish(self, weights, before, ways, self.to_products(rows), bool(moved))
+        return self.has_loops and compiled.publish(self, weights, before, ways, self.to_products(rows), moved)
 
     @torch.no_grad()
     def lift_rows(

@@ -223,10 +223,10 @@ struct Table {
   }
 };
 
-// Of the parameters `begin` to `end`, whose gradients are given.
+// Of the parameters `begin` to `end`, whose gradients are given: bf16 if `halves`, else fp32.
 template <class S>
-void project(const Table& table, int64_t begin, int64_t end, void* const* gradients, const int32_t* halves,
-             int threads, double* out) {
+void project(const Table& table, int64_t begin, int64_t end, void* const* gradients, int halves, int threads,
+             double* out) {
   int64_t most = 1;
   for (int64_t p = begin; p < end; ++p) most = table.matrices[p].rows > most ? table.matrices[p].rows : most;
   const int64_t before = table.begins[begin], count = table.begins[end] - before;
@@ -237,7 +237,7 @@ void project(const Table& table, int64_t begin, int64_t end, void* const* gradie
     const Matrix& m = table.matrices[p];
     const int64_t start = table.start(chunk), columns = table.columns(chunk);
     alignas(64) float g[CHUNK];
-    if (halves[p - begin]) {
+    if (halves) {
       const char* from = static_cast<const char*>(gradients[p - begin]) + 2 * start;
       int64_t i = 0;
       for (; i + LANES <= columns; i += LANES) put(g + i, BF16::lanes(from, i));
@@ -313,7 +313,7 @@ void sl2o_forget(void* table) { delete static_cast<Table*>(table); }
   }
 
 void sl2o_project(const void* table, int storage, int64_t begin, int64_t end, void* const* gradients,
-                  const int32_t* halves, int threads, double* out) {
+                  int halves, int threads, double* out) {
   const Table& t = *static_cast<const Table*>(table);
 #define CALL(S) project<S>(t, begin, end, gradients, halves, threads, out)
   FOR_STORAGE(CALL)

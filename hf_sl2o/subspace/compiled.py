@@ -1,13 +1,15 @@
-"""Products with stored directions on a CPU by the loops of `columns.cpp`: all parameters in one call, U read once.
+"""Products with stored directions by compiled loops: all parameters in one call, U read once.
 
-Torch multiplies fp32 matrices and vectors in one thread, and has nothing fast for bf16, int8 or int4 ones. Each
-function here returns whether it did the work; where it did not (no compiler, another device or dtype), the caller's
-own torch code does.
+On a CPU the loops are those of `columns.cpp`: torch multiplies fp32 matrices and vectors in one thread, and has
+nothing fast for bf16, int8 or int4 ones. On CUDA they are the Triton kernels of `triton_columns`: one launch each way
+instead of one a parameter. Each function says whether it did the work; where it did not (no compiler, another device
+or dtype), the caller's own torch code does.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from ..foundation.native import load_native
 
 _SOURCE = Path(__file__).with_name("columns.cpp")
-STORAGES = ("fp32", "bf16", "int8", "int4")  # in the order that columns.cpp counts them
+STORAGES = ("fp32", "bf16", "int8", "int4")  # in the order that the loops count them
 # Bytes of directions from which a second thread is worth its start, some 20 microseconds.
 _THREADED = 1 << 20
 
@@ -37,111 +39,50 @@ class Stored(NamedTuple):
     codes: Sequence[torch.Tensor]
     scales: Sequence[torch.Tensor] | None = None
 
-
-class _Table:
-    """What columns.cpp knows of a basis: where the directions of each parameter are."""
-
-    def __init__(self, library: Any, basis: Any, stored: Stored) -> None:
-        self.stored, self.pointers = stored, _pointers_of(stored)
-        count = len(stored.codes)
-        whole = (ctypes.c_int64 * count, ctypes.c_void_p * count)
-        rows = whole[0](*(last - first for first, last in basis.spans))
-        firsts = whole[0](*(first for first, _ in basis.spans))
-        codes, scales = self.pointers[:count], self.pointers[count:] or [0] * count
-        self.address = ctypes.c_void_p(
-            library.sl2o_table(
-                ctypes.c_int64(count),
-                whole[0](*basis.layout.numels),
-                rows,
-                firsts,
-                whole[1](*codes),
-                whole[1](*scales),
-            )  # fmt: skip
-        )
-        weakref.finalize(self, library.sl2o_forget, self.address)
-        self.storage = ctypes.c_int(STORAGES.index(stored.storage))
-        self.bytes = sum(tensor.nbytes for tensor in stored.codes)
-
     @property
-    def threads(self) -> ctypes.c_int:
-        return ctypes.c_int(torch.get_num_threads() if self.bytes >= _THREADED else 1)
+    def pointers(self) -> list[int]:
+        return [tensor.data_ptr() for tensor in (*self.codes, *(self.scales or ()))]
 
 
-_tables: weakref.WeakKeyDictionary[Any, _Table] = weakref.WeakKeyDictionary()
+Tensors = Sequence[torch.Tensor | None]
 
 
-def _pointers_of(stored: Stored) -> list[int]:
-    return [tensor.data_ptr() for tensor in (*stored.codes, *(stored.scales or ()))]
-
-
-def _ready(basis: Any) -> tuple[Any, _Table] | None:
-    stored, library = basis.stored(), load_native(_SOURCE)
-    if (
-        stored is None
-        or library is None
-        or not all(t.is_contiguous() for t in (*stored.codes, *(stored.scales or ())))
-    ):
-        return None
-    library.sl2o_table.restype = ctypes.c_void_p
-    table = _tables.get(basis)
-    if table is None or table.pointers != _pointers_of(stored):  # a tensor that was moved in place has another address
-        table = _tables[basis] = _Table(library, basis, stored)
-    return library, table
-
-
-def _pointers(tensors: Sequence[torch.Tensor | None]) -> Any:
-    return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
-
-
-def _fp32(tensors: Sequence[torch.Tensor | None]) -> bool:
-    return all(
-        t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous()) for t in tensors
-    )
-
-
-def project(basis: Any, gradients: Sequence[torch.Tensor | None], begin: int = 0) -> torch.Tensor | None:
-    """Returns the sum of U_p^T g over the parameters from number `begin` on, without units, (d,); None: not done.
-
-    Sums of 4,096 columns are formed in fp32, those of them in fp64.
-    """
-    if any(g is not None and g.device.type != "cpu" for g in gradients) or (ready := _ready(basis)) is None:
-        return None
-    library, table = ready
-    flat: list[torch.Tensor | None] = [
-        None
-        if g is None
-        else g.detach().contiguous()
-        if g.dtype == torch.bfloat16
-        else g.detach().float().contiguous()
-        for g in gradients
-    ]
-    halves = (ctypes.c_int32 * len(flat))(*(int(g is not None and g.dtype == torch.bfloat16) for g in flat))
-    out = torch.zeros(basis.dim, dtype=torch.float64)
-    address = ctypes.c_void_p(out.data_ptr())
-    numbers = ctypes.c_int64(begin), ctypes.c_int64(begin + len(flat))
-    library.sl2o_project(table.address, table.storage, *numbers, _pointers(flat), halves, table.threads, address)
-    return out.float()
-
-
-def add(basis: Any, weights: Sequence[torch.Tensor | None], coefficients: torch.Tensor) -> bool:
-    """Adds U_p c to each of the weights in place, for c of shape `(d,)` without units; returns whether it did."""
-    if not _fp32(weights) or (ready := _ready(basis)) is None:
+def may_work(basis: Any) -> bool:
+    """Whether there may be loops; `torch.compile` makes its own, and a captured graph has fixed addresses."""
+    if torch.compiler.is_compiling() or basis.stored() is None:
         return False
-    library, table = ready
-    c = coefficients.detach().to(torch.float32).contiguous()
-    library.sl2o_add(
-        table.address, table.storage, _pointers(weights), ctypes.c_void_p(c.data_ptr()), table.threads
-    )  # fmt: skip
-    return True
+    if basis.device.type == "cuda":
+        return not torch.cuda.is_current_stream_capturing() and _triton() is not None
+    return bool(basis.device.type == "cpu")
+
+
+def project(basis: Any, gradients: Tensors, begin: int = 0) -> torch.Tensor | None:
+    """Returns the sum of U_p^T g without units, fp32 of shape `(d,)`; None: not done.
+
+    Sums of 4,096 columns (8,192 on CUDA) are formed in fp32, those of them in fp64.
+
+    Args:
+        gradients: Of all parameters, or of number `begin` alone; None counts as zero.
+    """
+    loops = _loops(basis, gradients)
+    if loops is None:
+        return None
+    halves = all(g is None or g.dtype == torch.bfloat16 for g in gradients)
+    dtype = torch.bfloat16 if halves else torch.float32
+    flat = [None if g is None else g.detach().to(dtype).contiguous() for g in gradients]
+    return loops.project(basis, flat, begin, halves)
+
+
+def add(basis: Any, weights: Tensors, coefficients: torch.Tensor) -> bool:
+    """Adds U_p c to each of the weights in place, for c of shape `(d,)` without units; returns whether it did."""
+    loops = _loops(basis, weights) if _fp32(weights) else None
+    if loops is not None:
+        loops.add(weights, coefficients.detach().float().contiguous())
+    return loops is not None
 
 
 def publish(
-    basis: Any,
-    weights: Sequence[torch.Tensor | None],
-    before: Sequence[torch.Tensor | None],
-    ways: Sequence[torch.Tensor | None],
-    rows: torch.Tensor,
-    moved: bool,
+    basis: Any, weights: Tensors, before: Tensors, ways: Tensors, rows: torch.Tensor, moved: torch.Tensor
 ) -> bool:
     """In one pass: weights += U_p (rows[0] - rows[1]), ways = U_p rows[1]; returns whether it did.
 
@@ -149,14 +90,121 @@ def publish(
         weights, ways: fp32, one a parameter; None: it stays as it is.
         before: What the weights become where not `moved`; None for a parameter: they move.
         rows (`torch.Tensor` of shape `(2, d)`): Without units.
-        moved (`bool`): Whether the weights move.
+        moved (0-d bool `torch.Tensor`): Whether the weights move.
     """
-    if not (_fp32(weights) and _fp32(before) and _fp32(ways)) or (ready := _ready(basis)) is None:
-        return False
-    library, table = ready
-    c = rows.detach().to(torch.float32).contiguous()
-    library.sl2o_publish(
-        table.address, table.storage, _pointers(weights), _pointers(before), _pointers(ways),
-        ctypes.c_void_p(c.data_ptr()), ctypes.c_int64(basis.dim), ctypes.c_int(moved), table.threads,
-    )  # fmt: skip
-    return True
+    loops = _loops(basis, weights) if all(map(_fp32, (weights, before, ways))) else None
+    if loops is not None:
+        loops.publish(weights, before, ways, rows.detach().float().contiguous(), moved)
+    return loops is not None
+
+
+def _fp32(tensors: Tensors) -> bool:
+    return all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
+
+
+def _loops(basis: Any, tensors: Tensors) -> _OnCPU | _OnCUDA | None:
+    """Loops for a basis and tensors where it is; made once, and anew where a tensor was moved in place."""
+    stored, device = basis.stored(), basis.device
+    if stored is None or any(t is not None and t.device != device for t in tensors):
+        return None
+    if not all(t.is_contiguous() for t in (*stored.codes, *(stored.scales or ()))):
+        return None
+    pointers = stored.pointers
+    known = _made.get(basis)
+    if known is None or known.pointers != pointers:
+        kind: Any = {"cpu": _OnCPU, "cuda": _OnCUDA}.get(device.type)
+        known = None if kind is None or kind.library() is None else kind(basis, stored, pointers)
+        if known is None:
+            return None
+        _made[basis] = known
+    return known
+
+
+class _OnCPU:
+    """A table for columns.cpp: where the directions of each parameter are."""
+
+    @staticmethod
+    def library() -> Any:
+        library: Any = load_native(_SOURCE)
+        if library is not None:
+            library.sl2o_table.restype = ctypes.c_void_p
+        return library
+
+    def __init__(self, basis: Any, stored: Stored, pointers: list[int]) -> None:
+        self.pointers, self.calls = pointers, self.library()
+        count = len(stored.codes)
+        integers, addresses = ctypes.c_int64 * count, ctypes.c_void_p * count
+        rows = integers(*(last - first for first, last in basis.spans))
+        firsts = integers(*(first for first, _ in basis.spans))
+        codes, scales = addresses(*pointers[:count]), addresses(*(pointers[count:] or [0] * count))
+        numels = integers(*basis.layout.numels)
+        self.table = ctypes.c_void_p(
+            self.calls.sl2o_table(ctypes.c_int64(count), numels, rows, firsts, codes, scales)
+        )  # fmt: skip
+        weakref.finalize(self, self.calls.sl2o_forget, self.table)
+        self.storage = ctypes.c_int(STORAGES.index(stored.storage))
+        self.bytes = sum(tensor.nbytes for tensor in stored.codes)
+
+    @property
+    def threads(self) -> ctypes.c_int:
+        return ctypes.c_int(torch.get_num_threads() if self.bytes >= _THREADED else 1)
+
+    def project(self, basis: Any, gradients: Tensors, begin: int, halves: bool) -> torch.Tensor:
+        out = torch.zeros(basis.dim, dtype=torch.float64)
+        numbers = ctypes.c_int64(begin), ctypes.c_int64(begin + len(gradients))
+        self.calls.sl2o_project(
+            self.table, self.storage, *numbers, _addresses(gradients), int(halves), self.threads, _address(out)
+        )
+        return out.float()
+
+    def add(self, weights: Tensors, coefficients: torch.Tensor) -> None:
+        self.calls.sl2o_add(self.table, self.storage, _addresses(weights), _address(coefficients), self.threads)
+
+    def publish(
+        self, weights: Tensors, before: Tensors, ways: Tensors, rows: torch.Tensor, moved: torch.Tensor
+    ) -> None:
+        tensors = map(_addresses, (weights, before, ways))
+        dim, moves = ctypes.c_int64(rows.shape[1]), ctypes.c_int(bool(moved))
+        self.calls.sl2o_publish(self.table, self.storage, *tensors, _address(rows), dim, moves, self.threads)
+
+
+def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+def _addresses(tensors: Tensors) -> Any:
+    return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
+
+
+@functools.cache
+def _triton() -> Any:
+    """The kernels; None without Triton, which comes with torch for CUDA on Linux."""
+    try:
+        from . import triton_columns
+    except ImportError:
+        return None
+    return triton_columns
+
+
+class _OnCUDA:
+    """The Triton kernels with a table on the device."""
+
+    library = staticmethod(_triton)
+
+    def __init__(self, basis: Any, stored: Stored, pointers: list[int]) -> None:
+        self.pointers, self.kernels = pointers, _triton()
+        self.table = self.kernels.Table(basis, stored, STORAGES.index(stored.storage))
+
+    def project(self, basis: Any, gradients: Tensors, begin: int, halves: bool) -> torch.Tensor:
+        return self.kernels.project(basis, self.table, gradients, begin, halves)  # type: ignore[no-any-return]
+
+    def add(self, weights: Tensors, coefficients: torch.Tensor) -> None:
+        self.kernels.add(self.table, weights, coefficients)
+
+    def publish(
+        self, weights: Tensors, before: Tensors, ways: Tensors, rows: torch.Tensor, moved: torch.Tensor
+    ) -> None:
+        self.kernels.publish(self.table, weights, before, ways, rows, moved)
+
+
+_made: weakref.WeakKeyDictionary[Any, _OnCPU | _OnCUDA] = weakref.WeakKeyDictionary()
