@@ -8,7 +8,17 @@ import warnings
 from .meta import PES, Estimator, FirstOrder, MetaTrainer, MetaTrainingArguments, SecondOrder, Task, train_on, unroll
 from .optim import LearnedOptimizer, SubspaceOptimizer
 from .rules import LSTMRule, Rule, RuleConfig, RuleState, SymbolicRule
-from .subspace import Basis, DenseBasis, IdentityBasis, Layout, RandomBasis, Trajectory, fit_basis
+from .subspace import (
+    Basis,
+    DenseBasis,
+    IdentityBasis,
+    Layout,
+    QuantizedBasis,
+    RandomBasis,
+    Trajectory,
+    TuckerBasis,
+    fit_basis,
+)
 from .training import (
     BatchNormCallback,
     SL2OTrainer,
@@ -36,6 +46,7 @@ __all__ = [
     "MetaTrainer",
     "MetaTrainingArguments",
     "PES",
+    "QuantizedBasis",
     "RandomBasis",
     "Rule",
     "RuleConfig",
@@ -50,6 +61,7 @@ __all__ = [
     "Task",
     "Trajectory",
     "TrajectoryCallback",
+    "TuckerBasis",
     "build_optimizer",
     "fit_basis",
     "recalibrate_batch_norm",

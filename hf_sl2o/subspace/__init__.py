@@ -3,6 +3,8 @@
 - `layout`, `names`: the parameters of a model as one vector of length n
 - `basis`: what every basis does: `project` a gradient, `lift` a step;  `dense`, `random`, `identity`: the directions
 - `compiled`: the two for all parameters in one call, by `columns.cpp` on a CPU and `triton_columns` on CUDA
+- `quantized`, `tucker`, `factors`: directions of few bits, or that share factors, and their fits
+- `storage`: bytes of each storage, and which fits
 - `trajectory`, `fit`: recorded snapshots, and their principal directions
 - `stored`: what a saved basis says of its layout
 
@@ -14,6 +16,12 @@ from .dense import DenseBasis
 from .fit import Trajectory, fit_basis
 from .identity import IdentityBasis
 from .layout import Layout
+from .quantized import QuantizedBasis
 from .random import RandomBasis
+from .storage import Ranks, storage_bytes
+from .tucker import TuckerBasis
 
-__all__ = ["Basis", "DenseBasis", "IdentityBasis", "Layout", "RandomBasis", "Trajectory", "fit_basis"]
+__all__ = [
+    "Basis", "DenseBasis", "IdentityBasis", "Layout", "QuantizedBasis", "RandomBasis", "Ranks", "Trajectory",
+    "TuckerBasis", "fit_basis", "storage_bytes",
+]  # fmt: skip

@@ -132,7 +132,10 @@ class Basis(HubFiles):
 
     @abstractmethod
     def _columns(self, index: int, width: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """Yields `(start, stop, U_p^T[:, start:stop])` of parameter `index` in the arithmetic dtype."""
+        """Yields `(start, stop, those columns)` of what is stored of parameter `index`, in the arithmetic dtype.
+
+        Those of U_p^T, before what `from_products` does to all products.
+        """
 
     @abstractmethod
     def to(self: B, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> B:

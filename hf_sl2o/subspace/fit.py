@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,18 @@ from tqdm.auto import tqdm
 
 from ..foundation.checked import FLOATS, check_integer
 from ..foundation.files import load_metadata, open_tensors
-from .basis import start_sample
+from .basis import Basis, start_sample
 from .dense import DenseBasis
+from .factors import Components, fit_quantized, fit_tucker
 from .layout import Layout
+from .storage import STORAGES, Ranks, choose_storage, ranks_within, storage_bytes
 from .trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = ("F16", "BF16", "F32", "F64")
+# Storages of a dense basis.
+_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 # Entries of a (T, columns) float64 block: 64 MB.
 _BLOCK_ENTRIES = 1 << 23
 # Eigenvalues of the Gram matrix below this share of the largest are rounding: with it every direction is orthonormal
@@ -163,6 +168,88 @@ def _write_directions(
         bar.update(last - first)
 
 
+def _fit_dense(
+    reader: _Blocks, groups: list[list[int]], components: list[Components], dtype: torch.dtype, center: bool, bar: Any
+) -> DenseBasis:
+    """Stored directions of the groups, each with its components, in standard deviations."""
+    matrices: dict[int, torch.Tensor] = {}
+    spans: list[tuple[int, int]] = [(0, 0)] * len(reader.layout.names)
+    for number, (group, (vectors, values, _)) in enumerate(zip(groups, components, strict=True)):
+        dim, weights = len(values), vectors / values.sqrt()  # (T, d)
+        for index in group:
+            matrices[index] = torch.empty(dim, reader.layout.numels[index], dtype=dtype)
+            _write_directions(matrices[index], reader, index, weights.T.to(reader.device), center, bar)
+            spans[index] = number * dim, (number + 1) * dim
+    deviations = [(values / (len(reader.steps) - int(center))).sqrt() for _, values, _ in components]
+    std = torch.cat(deviations).to(torch.promote_types(torch.float32, dtype))
+    return DenseBasis(reader.layout, [matrices[index] for index in range(len(matrices))], std, std, spans)
+
+
+def _check_storage(storage: str | None, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
+    if storage is not None and storage not in (*STORAGES, "auto"):
+        raise ValueError(f"storage is {storage!r}, expected one of {(*STORAGES, 'auto')}, or None for that of dtype")
+    if storage is not None and dtype != torch.float32:
+        raise ValueError(f"got storage={storage!r} and dtype={dtype}; give one of them")
+
+
+def _taken(
+    storage: str | None,
+    budget_bytes: int | None,
+    dtype: torch.dtype,
+    layout: Layout,
+    dim: int,
+    groups: list[list[int]],
+) -> tuple[str, Ranks, dict[str, Any]]:
+    """Storage and Tucker's sizes, and what provenance says of the choice; raises `ValueError` where none fits."""
+    number = {index: place for place, group in enumerate(groups) for index in group}
+    spans = [(number[i] * dim, (number[i] + 1) * dim) for i in range(len(layout.names))]
+    total, said = dim * len(groups), {} if storage is None else {"storage": storage}
+    if storage == "auto":
+        storage, why = choose_storage(layout, total, budget_bytes, spans=spans)
+        logger.info("fit_basis: %s", why)
+        said = {"storage": storage, "storage_reason": why}
+    storage = storage or _NAMES[dtype]
+    if storage == "tucker":
+        return storage, ranks_within(layout, total, budget_bytes, spans=spans), said
+    needed = storage_bytes(layout, total, storage, spans=spans)
+    if budget_bytes is not None and needed > budget_bytes:
+        raise ValueError(
+            f"{storage} takes {needed:,} bytes, and budget_bytes is {budget_bytes:,}; choose "
+            'storage="auto", a smaller dim, or more bytes'
+        )
+    return storage, Ranks(), said
+
+
+def _fit(
+    reader: _Blocks,
+    groups: list[list[int]],
+    components: list[Components],
+    storage: str,
+    ranks: Ranks,
+    center: bool,
+    bar: Any,
+) -> tuple[Basis, dict[str, Any]]:
+    """The basis in standard deviations, and what provenance says of it."""
+    shares = [(values / all_values.sum()).tolist() for _, values, all_values in components]
+    ratios = shares[0] if len(shares) == 1 else [sum(block) for block in shares]
+    known = {"explained_variance": sum(ratios) / len(groups), "explained_variance_ratio": ratios}
+    if storage in _NAMES.values():
+        dtype = next(dtype for dtype, name in _NAMES.items() if name == storage)
+        return _fit_dense(reader, groups, components, dtype, center, bar), known
+    basis: Basis
+    if storage == "tucker":
+        basis, fitted = fit_tucker(reader, groups, components, ranks, center, bar)
+    else:
+        basis, fitted = fit_quantized(reader, groups, components, int(storage.removeprefix("int")), center, bar)
+    return basis, {
+        "explained_variance": sum(fitted.explained) / len(groups), "explained_variance_ratio": fitted.explained,
+        "dense_explained_variance": known["explained_variance"], "direction_error": fitted.error,
+        "bytes": basis.nbytes, **({"ranks": asdict(ranks)} if storage == "tucker" else {}),
+    }  # fmt: skip
+
+
 def fit_basis(
     trajectory: Trajectory | str | Path,
     dim: int,
@@ -171,10 +258,12 @@ def fit_basis(
     center: bool = True,
     blocks: str = "global",
     dtype: torch.dtype = torch.float32,
+    storage: str | None = None,
+    budget_bytes: int | None = None,
     steps: list[int] | None = None,
     device: torch.device | str = "cpu",
     progress: bool = True,
-) -> DenseBasis:
+) -> Basis:
     """Fits the principal components of a trajectory, streaming over blocks of parameters.
 
     X (T, n) snapshots, centred; X X^T = W diag(lambda) W^T; directions U = X^T W_d diag(lambda_d)^-1/2.
@@ -189,55 +278,45 @@ def fit_basis(
             "Fine-tuning Happens in Tiny Subspaces" (ACL 2023).
         blocks (`str`, *optional*, defaults to `"global"`): `"global"`, or `"layer"` for d directions a layer.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Storage dtype of the directions.
+        storage (`str`, *optional*, defaults to that of `dtype`): `"fp32"`, `"bf16"`, `"int8"`, `"int4"`, `"tucker"`,
+            or `"auto"`: the first of them that fits in `budget_bytes`.
+        budget_bytes (`int`, *optional*): The most bytes of the basis; Tucker's ranks are chosen by it.
         steps (`list[int]`, *optional*, defaults to all): Which snapshots to use.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where the products are computed; it must
             know float64. A block of the trajectory at a time is there. The basis is returned on the CPU.
         progress (`bool`, *optional*, defaults to `True`): Show a progress bar.
 
     Returns:
-        [`DenseBasis`]; `provenance` holds the explained variance.
+        [`DenseBasis`], [`QuantizedBasis`] or [`TuckerBasis`]; `provenance` holds the explained variance.
 
     Raises:
-        `ValueError`: fewer than two snapshots, NaN or Inf in one, `dim` above the numerical rank, a damaged file, or
-            a dtype that is no float one.
+        `ValueError`: fewer than two snapshots, NaN or Inf in one, `dim` above the numerical rank, a damaged file,
+            a dtype that is no float one, or a budget that nothing fits.
         `FileNotFoundError`: a snapshot is gone.
     """
-    if dtype not in FLOATS:
-        raise ValueError(f"dtype is {dtype}, expected one of {FLOATS}")
+    _check_storage(storage, dtype)
     check_integer("dim", dim, 1)
     trajectory = trajectory if isinstance(trajectory, Trajectory) else Trajectory(trajectory)
     chosen, layout = _chosen(trajectory, steps)
     groups = layout.blocks(blocks)
+    taken, ranks, said = _taken(storage, budget_bytes, dtype, layout, dim, groups)
     with ExitStack() as stack:
         reader = _Blocks(trajectory, chosen, device, stack)
-        start = _start(reader, trajectory, stack)
         bar = stack.enter_context(
-            tqdm(total=2 * layout.n, unit="param", unit_scale=True, desc="fit_basis", disable=not progress)
-        )
-        grams = [_gram(reader, group, len(chosen), center, bar) for group in groups]
-        matrices: dict[int, torch.Tensor] = {}
-        spans: list[tuple[int, int]] = [(0, 0)] * len(layout.names)
-        deviations, explained = [], []
-        for number, (group, gram) in enumerate(zip(groups, grams, strict=True)):
+            tqdm(total=layout.n * (3 if taken == "tucker" else 2), unit="param", unit_scale=True, desc="fit_basis",
+                 disable=not progress)
+        )  # fmt: skip
+        start = _start(reader, trajectory, stack)
+        components = []
+        for group in groups:
             what = "the trajectory" if blocks == "global" else f"the block of {layout.names[group[0]]!r}"
-            vectors, values, all_values = _components(gram, dim, what, len(chosen))
-            weights = vectors / values.sqrt()  # (T, d)
-            for index in group:
-                matrices[index] = torch.empty(dim, layout.numels[index], dtype=dtype)
-                _write_directions(matrices[index], reader, index, weights.T.to(device), center, bar)
-                spans[index] = number * dim, (number + 1) * dim
-            deviations.append((values / (len(chosen) - int(center))).sqrt())
-            explained.append((values / all_values.sum()).tolist())
-
-    compute = torch.promote_types(torch.float32, dtype)
-    std = torch.cat(deviations).to(compute)
-    share = sum(sum(block) for block in explained) / len(explained)
-    logger.info("fit_basis: %d directions hold %.4f %% of the variance of %s", dim, 100 * share, trajectory.folder)
-    ratios = explained[0] if blocks == "global" else [sum(block) for block in explained]
-    provenance = {
+            gram = _gram(reader, group, len(chosen), center, bar)
+            components.append(_components(gram, dim, what, len(chosen)))
+        basis, known = _fit(reader, groups, components, taken, ranks, center, bar)
+    basis.start, basis.provenance = start, {
         "snapshots": len(chosen), "first_step": chosen[0], "last_step": chosen[-1], "center": center,
-        "blocks": blocks, "explained_variance": share, "explained_variance_ratio": ratios,
+        "blocks": blocks, **known, **said,
     }  # fmt: skip
-    ordered = [matrices[index] for index in range(len(layout.names))]
-    basis = DenseBasis(layout, ordered, std, std, spans, provenance, start=start)
+    share = 100 * known["explained_variance"]
+    logger.info("fit_basis: %d directions hold %.4f %% of the variance of %s", dim, share, trajectory.folder)
     return basis.with_units(units)
