@@ -32,7 +32,7 @@ _OLD_METADATA = {"format", "step", "basis", "episode"}
 # Bytes of a safetensors header, as the format allows, and of a JSON file; more is not read.
 _LONGEST_HEADER, _LONGEST_JSON = 100_000_000, 1 << 28
 _DEEPEST_JSON = 64
-_CHUNK = 1 << 22
+CHUNK = 1 << 22
 
 
 # Writing
@@ -88,7 +88,7 @@ def tensor_writer(tensors: Mapping[str, torch.Tensor], **metadata: str) -> Calla
     def write(path: str) -> None:
         save_file(contiguous, path, metadata={"format": "pt", **metadata, CHECKSUM: _UNSEALED})
         _sort_metadata(path)
-        header, start, stop = _read_header(Path(path))
+        header, start, stop = read_header(Path(path))
         with open(path, "r+b") as file:
             file.seek(start)
             file.write(_digest(Path(path), header).encode())
@@ -217,15 +217,19 @@ def open_tensors(path: str | Path, device: str = "cpu", *, sha256: str | None = 
         raise FileNotFoundError(f"there is no file {path}")
     if sha256 is not None:
         check_sha256(path, sha256)
-    with _naming(path):
-        header, start, stop = _read_header(path)
+    with naming(path):
+        header, start, stop = read_header(path)
         if sha256 is None and start and (found := _digest(path, header)) != (known := header[start:stop].decode()):
-            raise ValueError(f"its checksum is {known[:16]}..., its content has {found[:16]}...: it was changed")
+            raise ValueError(changed_content(known, found))
         return safe_open(str(path), framework="pt", device=device)
 
 
+def changed_content(known: str, found: str) -> str:
+    return f"its checksum is {known[:16]}..., its content has {found[:16]}...: it was changed"
+
+
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Turns what reading a safetensors file raises into one sentence with its name."""
     try:
         yield
@@ -252,19 +256,19 @@ def read_tensor(path: str | Path, file: Any, name: str) -> torch.Tensor:
 
 def load_metadata(path: str | Path) -> dict[str, str]:
     """Returns the metadata of a safetensors file that was opened before."""
-    with _naming(Path(path)):
-        header, _, _ = _read_header(Path(path))
+    with naming(Path(path)):
+        header, _, _ = read_header(Path(path))
     return dict(json.loads(header[8:]).get("__metadata__") or {})
 
 
 def checksum_of(path: str | Path) -> str | None:
     """Returns the checksum that a safetensors file carries, not checked; None for one without."""
-    with _naming(Path(path)):
-        header, start, stop = _read_header(Path(path))
+    with naming(Path(path)):
+        header, start, stop = read_header(Path(path))
     return header[start:stop].decode() if start else None
 
 
-def _read_header(path: Path) -> tuple[bytes, int, int]:
+def read_header(path: Path) -> tuple[bytes, int, int]:
     """Returns the first bytes of a safetensors file, to the end of its header, and where the checksum is in them.
 
     Raises:
@@ -302,12 +306,16 @@ def _sort_metadata(path: str) -> None:
             file.write(header.ljust(length))
 
 
+def unsealed(header: bytes) -> bytes:
+    return _SEAL.sub(f'"checksum":"{_UNSEALED}"'.encode(), header)
+
+
 def _digest(path: Path, header: bytes) -> str:
     """The sha256 of the file with zeros for its checksum."""
-    digest = hashlib.sha256(_SEAL.sub(f'"checksum":"{_UNSEALED}"'.encode(), header))
+    digest = hashlib.sha256(unsealed(header))
     with open(path, "rb") as file:
         file.seek(len(header))
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
 
@@ -315,7 +323,7 @@ def _digest(path: Path, header: bytes) -> str:
 def sha256_of(path: str | Path) -> str:
     with open(path, "rb") as file:
         digest = hashlib.sha256()
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from .files import write_atomically
 
@@ -43,20 +44,13 @@ def load_native(source: Path) -> ctypes.CDLL | None:
         The library; None where it cannot be had: no compiler (`$CXX`, else `c++`), one that fails (said in a warning),
         Windows, or `HF_SL2O_NATIVE=0`. Later calls return the same.
     """
-    if os.environ.get(SWITCH) == "0" or sys.platform == "win32":
-        return None
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    if not compiler or shutil.which(compiler[0]) is None:
-        logger.info("there is no C++ compiler (%s): torch does the work of %s, slower", compiler, source.name)
+    compiler = _compiler()
+    if compiler is None:
         return None
     try:
-        version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=_SECONDS).stdout
-        name = (
-            f"{source.stem}-{_digest(source.read_bytes(), version, repr((compiler, FLAGS)).encode(), _processor())}.so"
-        )
-        path = _folder() / name
+        path = _folder() / f"{source.stem}-{_digest(source.read_bytes(), compiler.version, _processor())}.so"
         if not path.is_file():
-            _compile(compiler, source, path)
+            _compile(compiler.words, source, path)
         return ctypes.CDLL(str(path))
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:
         logger.warning(
@@ -66,6 +60,35 @@ def load_native(source: Path) -> ctypes.CDLL | None:
             SWITCH,
         )
         return None
+
+
+def loops_fact() -> str | None:
+    """What says whether two processes have the same loops, whose sums differ from torch's in the last digit."""
+    compiler = _compiler()
+    return None if compiler is None else _digest(compiler.version)
+
+
+class _Compiler(NamedTuple):
+    words: list[str]
+    version: bytes  # with the flags
+
+
+def _compiler() -> _Compiler | None:
+    if os.environ.get(SWITCH) == "0" or sys.platform == "win32":
+        return None
+    words = shlex.split(os.environ.get("CXX", "c++"))
+    if not words or shutil.which(words[0]) is None:
+        logger.info("there is no C++ compiler (%s): torch does the work of compiled loops, slower", words)
+        return None
+    return _Compiler(words, _version(tuple(words)) + repr((words, FLAGS)).encode())
+
+
+@functools.cache
+def _version(words: tuple[str, ...]) -> bytes:
+    try:
+        return subprocess.run([*words, "--version"], capture_output=True, timeout=_SECONDS).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return b""
 
 
 def _compile(compiler: list[str], source: Path, path: Path) -> None:

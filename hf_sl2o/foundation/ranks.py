@@ -21,6 +21,8 @@ import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.optim import Optimizer
 
+from .native import loops_fact
+
 _POLL_SECONDS = 0.02
 _GOODBYE_SECONDS = 5.0
 _SHOWN = 80
@@ -178,7 +180,7 @@ def optimizer_facts(optimizer: Optimizer) -> dict[str, Any]:
     """
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
-    facts: dict[str, Any] = {"optimizer": type(optimizer).__name__}
+    facts: dict[str, Any] = {"optimizer": type(optimizer).__name__, "compiled loops": loops_fact()}
     if (basis := getattr(optimizer, "basis", None)) is not None:
         facts["basis"] = basis_facts(basis)
     inner = getattr(optimizer, "inner", None)

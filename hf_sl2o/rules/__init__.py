@@ -5,6 +5,7 @@
 - `rule`: what all rules do;  `lstm`, `tensor_lstm`, `symbolic`: the three kinds
 - `expressions`: the texts of a symbolic rule, and their grammar
 - `load`, `shipped/`: the four rules that ship, and how a user's words name one
+- `kernel`: a step in one pass, by `lstm_kernel` and `tensor_sums` (C++) on a CPU, by `triton_kernel` on CUDA
 
 It may import `foundation`, and torch; no transformers.
 """

@@ -17,6 +17,8 @@ ADDED_LATER: dict[str, Any] = {
     "average": 0.0, "per_tensor": 0, "distance": False,
 }  # fmt: skip
 
+ROUNDING, CEASED = 1e-6, 0.03  # shares of a tensor's scale, and of m~ and g~, below which nothing moves
+
 # Supplement, Table 2: expressions fitted to a rule that was meta-trained on ResNet-20.
 EXPRESSIONS = {
     "tanh": "0.2326 * tanh(g - 0.1094)",

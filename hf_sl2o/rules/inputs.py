@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from .config import RuleConfig
+from .kernel import fused_sums
 
 
 @torch.compiler.disable  # a compiler looks through the cache, and would make the tensors anew in each graph
@@ -69,6 +70,26 @@ def log_and_sign(x: torch.Tensor, p: float) -> torch.Tensor:
     return torch.stack([magnitude, sign], dim=-1).flatten(-2)
 
 
+def tensor_sums(
+    g: torch.Tensor, vectors: Sequence[torch.Tensor], exp_avg_sq: torch.Tensor, sizes: tuple[int, ...]
+) -> tuple[torch.Tensor, torch.Tensor, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Norms of g over k tensors, sums of v, and for each vector its products with g and its norms: (k,) each."""
+    fused = fused_sums(g, vectors, exp_avg_sq, sizes)
+    if fused is not None:
+        norms, old, *others = fused
+        pairs = zip(others[::2], others[1::2], strict=True)
+        return norms.sqrt().to(g.dtype), old.to(g.dtype), [(a.to(g.dtype), b.sqrt().to(g.dtype)) for a, b in pairs]
+    gradients = g.split(sizes)
+    norms = torch.stack(torch._foreach_norm(gradients))
+    old = torch.stack(torch._foreach_norm(exp_avg_sq.split(sizes), 1))  # v is not negative
+    found = []
+    for vector in vectors:
+        parts = vector.to(g.dtype).split(sizes)
+        dots = torch.stack([torch.dot(a, b) for a, b in zip(gradients, parts, strict=True)])
+        found.append((dots, torch.stack(torch._foreach_norm(parts))))
+    return norms, old, found
+
+
 def tensor_inputs(
     g: torch.Tensor,
     exp_avg: torch.Tensor,
@@ -91,15 +112,12 @@ def tensor_inputs(
     counts, ends = _of_tensors(sizes, g.device)
     if step.ndim:
         step = step[ends - 1]
-    gradients, momenta = g.split(sizes), exp_avg.split(sizes)
-    norms = torch.stack(torch._foreach_norm(gradients))  # (k,)
-    old = torch.stack(torch._foreach_norm(exp_avg_sq.split(sizes), 1))  # (k,) sums: v is not negative
+    norms, old, of_m = tensor_sums(g, [exp_avg] if agreement else [], exp_avg_sq, sizes)
     scale = (torch.lerp(norms.square(), old, beta2) / counts / (1 - beta2**step)).sqrt()
     if not agreement:
         return torch.stack([scale, torch.zeros_like(scale)], dim=-1)
-    dots = torch.stack([torch.dot(of_g, of_m) for of_g, of_m in zip(gradients, momenta, strict=True)])
-    lengths = norms * torch.stack(torch._foreach_norm(momenta))
-    return torch.stack([scale, dots / lengths.clamp_min(torch.finfo(g.dtype).tiny)], dim=-1)
+    [(dots, lengths)] = of_m
+    return torch.stack([scale, dots / (norms * lengths).clamp_min(torch.finfo(g.dtype).tiny)], dim=-1)
 
 
 def tensor_facts(
@@ -130,25 +148,18 @@ def tensor_facts(
     counts, ends = _of_tensors(sizes, g.device)
     step = step[ends - 1] if step.ndim else step.expand(len(sizes))  # (k,)
     tiny = torch.finfo(g.dtype).tiny
-    gradients = g.split(sizes)
-    norms = torch.stack(torch._foreach_norm(gradients))  # (k,)
-    old = torch.stack(torch._foreach_norm(exp_avg_sq.split(sizes), 1))  # (k,) sums: v is not negative
+    vectors = [average for average, _ in averages] + ([] if moved is None else [moved])
+    norms, old, of_vectors = tensor_sums(g, vectors, exp_avg_sq, sizes)  # (k,) each
     s = (torch.lerp(norms.square(), old, beta2) / counts / (1 - beta2**step)).sqrt()
     rms = norms / counts.sqrt()
     columns = [s, step, (rms.clamp_min(tiny) / s.clamp_min(tiny)).log().clamp(-3, 3)]
 
-    def beside(vector: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The cosine of g and `vector`, and the root mean square of `vector`, each (k,)."""
-        parts = vector.split(sizes)
-        dots = torch.stack([torch.dot(a, b) for a, b in zip(gradients, parts, strict=True)])
-        lengths = torch.stack(torch._foreach_norm(parts))
-        return dots / (norms * lengths).clamp_min(tiny), lengths / counts.sqrt()
-
-    for average, beta in averages:
-        cosine, of_average = beside(average)
+    # Of each vector the cosine with g, and the root mean square
+    beside = [(dots / (norms * of).clamp_min(tiny), of / counts.sqrt()) for dots, of in of_vectors]
+    for (cosine, of_average), (_, beta) in zip(beside, averages, strict=False):
         columns += [cosine, of_average / (1 - beta ** (step - 1)).clamp_min(1 - beta) / s.clamp_min(tiny)]
     if moved is not None:
-        cosine, way = beside(moved)
+        cosine, way = beside[-1]
         columns += [cosine, way.clamp_min(tiny).log()]
     measured = ((norms > 0) & (s > 0))[:, None]  # s may be too small for fp32
     facts = torch.where(measured, torch.stack(columns[1:], dim=-1), s.new_zeros(()))

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .config import RuleConfig
+from .kernel import Network
 from .rule import Rule
 
 
@@ -45,6 +46,16 @@ class LSTMRule(Rule):
 
     def _state_shape(self) -> tuple[int, int]:
         return self.config.num_layers, self.config.hidden_size
+
+    def for_kernel(self) -> Network | None:
+        cells = [cell for cell in self.cells if type(cell) is nn.LSTMCell and cell.bias]
+        if type(self) is not LSTMRule or self.embed is not None or len(cells) < len(self.cells):
+            return None
+        h, parts = self.config.hidden_size, []
+        for cell in cells:
+            of_gates = torch.cat([(cell.bias_ih + cell.bias_hh)[:, None], cell.weight_ih, cell.weight_hh], dim=1)
+            parts.append(of_gates.view(4, h, -1).permute(1, 2, 0).reshape(-1))  # of each unit, of its four gates
+        return Network(len(cells), h, torch.cat([*parts, self.head.weight.reshape(-1)]))
 
     def _output(
         self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor, of_tensor: torch.Tensor

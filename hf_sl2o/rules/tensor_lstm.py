@@ -10,6 +10,7 @@ from torch import nn
 
 from .config import RuleConfig
 from .inputs import tensor_facts
+from .kernel import Network
 from .rule import Rule, RuleState
 
 _KINDS = 3  # of tensors: a matrix, one that begins at zero, a vector or scalar
@@ -108,7 +109,7 @@ class TensorLSTMRule(Rule):
         config = self.config
         beta1, beta2 = (config.beta1, config.beta2) if betas is None else betas
         momenta = state.momenta.unbind(-1)
-        averages = [(state.exp_avg.to(g.dtype), beta1), *zip(momenta, config.momenta, strict=False)]
+        averages = [(state.exp_avg, beta1), *zip(momenta, config.momenta, strict=False)]
         moved = momenta[-1] if config.distance else None
         sizes = (g.numel(),) if sizes is None else tuple(sizes)
         step = state.step + 1 + config.bias_correction_offset
@@ -151,6 +152,9 @@ class TensorLSTMRule(Rule):
         guess = (tensors[:, 3:_KEPT] * self.guess).sum(dim=-1)  # (k,)
         steps = torch.exp(tensors[:, 0] + tensors[:, 1] + guess)  # (k,)
         return _share(tensors[:, 2], rate) * steps
+
+    def for_kernel(self) -> Network | None:
+        return Network(0, 0, self.mix.weight, _LARGEST) if type(self) is TensorLSTMRule else None
 
     def _output(
         self, inputs: torch.Tensor, hidden: torch.Tensor, cell: torch.Tensor, of_tensor: torch.Tensor

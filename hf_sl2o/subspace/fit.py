@@ -7,7 +7,7 @@ Gram matrix in float64, a second one forms the directions block by block.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..foundation.checked import FLOATS, check_integer
-from ..foundation.files import load_metadata, open_tensors
+from ..foundation.pieces import FLOATS_BY_NAME, TensorFile
 from .basis import Basis, start_sample
 from .dense import DenseBasis
 from .factors import Components, fit_quantized, fit_tucker
@@ -27,7 +27,6 @@ from .trajectory import Trajectory
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = ("F16", "BF16", "F32", "F64")
 # Storages of a dense basis.
 _NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 # Entries of a (T, columns) float64 block: 64 MB.
@@ -47,14 +46,18 @@ class _Blocks:
         self.paths = [trajectory.path(step) for step in steps]
         self.files = [stack.enter_context(_open_snapshot(trajectory, step)) for step in steps]
 
-    def sample(self, file: Any) -> torch.Tensor:
+    def sample(self, file: TensorFile) -> torch.Tensor:
         """[`start_sample`] of the parameters in an open snapshot: `(k, 16)`."""
         return start_sample(
-            file.get_slice(name)[:16] if shape else file.get_tensor(name)
+            file.rows(name, 0, min(16, shape[0]) if shape else 1)
             for name, shape in zip(self.layout.names, self.layout.shapes, strict=True)
         )
 
-    def of(self, index: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+    def in_order(self) -> list[int]:
+        """Parameters as they lie in the files."""
+        return sorted(range(len(self.layout.names)), key=lambda index: self.files[0].place(self.layout.names[index]))
+
+    def of(self, index: int, *, summing: bool = False) -> Iterator[tuple[int, int, torch.Tensor]]:
         """Yields (first column, last column, block) of one parameter, as whole rows of its first dimension."""
         name, shape, numel = self.layout.names[index], self.layout.shapes[index], self.layout.numels[index]
         rows = shape[0] if shape else 1
@@ -65,22 +68,23 @@ class _Blocks:
             columns = (last - first) * width
             block = torch.empty(len(self.files), columns, dtype=torch.float64, device=self.device)
             for row, file in enumerate(self.files):
-                part = file.get_slice(name)[first:last] if shape else file.get_tensor(name)
-                block[row] = part.reshape(-1).to(self.device).to(torch.float64)
+                part = file.rows(name, first, last, summing=summing).reshape(-1)
+                block[row] = part.to(self.device).to(torch.float64)
             yield first * width, first * width + columns, block
 
     def refuse_non_finite(self, index: int, block: torch.Tensor) -> None:
         finite = torch.isfinite(block).all(dim=1)
         if not bool(finite.all()):
             row = int((~finite).nonzero()[0])
+            self.files[row].check()  # says so where the file was damaged
             raise ValueError(
                 f"snapshot {self.paths[row]} holds NaN or Inf in {self.layout.names[index]!r}; leave that step out "
                 "with steps=..., or record it again with a lower learning rate"
             )
 
 
-def _open_snapshot(trajectory: Trajectory, step: int) -> Any:
-    """Opens the snapshot of `step` after a check of all its bytes; says what is wrong with it."""
+def _open_snapshot(trajectory: Trajectory, step: int) -> TensorFile:
+    """Opens the snapshot of `step`; says what is wrong with it, but for its checksum."""
     path = trajectory.path(step)
     if not path.is_file():
         raise FileNotFoundError(
@@ -88,19 +92,16 @@ def _open_snapshot(trajectory: Trajectory, step: int) -> Any:
             "steps=..., or record the trajectory again"
         )
     assert trajectory.layout is not None
-    file = open_tensors(path)
-    if (found := load_metadata(path).get("step", str(step))) != str(step):
+    file = TensorFile(path)
+    if (found := file.metadata.get("step", str(step))) != str(step):
         raise ValueError(f"{path} holds the snapshot of step {found}; record it again")
-    if missing := sorted(set(trajectory.layout.names) - set(file.keys())):
+    if missing := [name for name in sorted(trajectory.layout.names) if name not in file]:
         raise ValueError(f"{path} lacks the parameter {missing[0]!r}; record the trajectory again")
     for name, shape in zip(trajectory.layout.names, trajectory.layout.shapes, strict=True):
-        part = file.get_slice(name)
-        if tuple(part.get_shape()) != shape:
-            raise ValueError(
-                f"{path} has {name!r} with shape {tuple(part.get_shape())}, expected {shape}; record it again"
-            )
-        if part.get_dtype() not in _DTYPES:
-            raise ValueError(f"{path} has {name!r} of dtype {part.get_dtype()}, expected a float one; record it again")
+        if file.shape(name) != shape:
+            raise ValueError(f"{path} has {name!r} with shape {file.shape(name)}, expected {shape}; record it again")
+        if file.dtype(name) not in FLOATS_BY_NAME:
+            raise ValueError(f"{path} has {name!r} of dtype {file.dtype(name)}, expected a float one; record it again")
     return file
 
 
@@ -109,6 +110,7 @@ def _start(reader: _Blocks, trajectory: Trajectory, stack: ExitStack) -> torch.T
     first, oldest = trajectory.steps[0], reader.files[0]
     if first != reader.steps[0] and trajectory.path(first).is_file():
         oldest = stack.enter_context(_open_snapshot(trajectory, first))
+        oldest.check()
     return torch.stack([reader.sample(oldest), reader.sample(reader.files[-1])])
 
 
@@ -144,17 +146,21 @@ def _chosen(trajectory: Trajectory, steps: list[int] | None) -> tuple[list[int],
     return chosen, trajectory.layout
 
 
-def _gram(reader: _Blocks, group: Iterable[int], snapshots: int, center: bool, bar: Any) -> torch.Tensor:
-    """X X^T of the parameters of a group, `(T, T)`, float64."""
-    gram = torch.zeros(snapshots, snapshots, dtype=torch.float64)
-    for index in group:
-        for first, last, block in reader.of(index):
+def _grams(reader: _Blocks, groups: list[list[int]], center: bool, bar: Any) -> list[torch.Tensor]:
+    """X X^T of the parameters of each group, `(T, T)`, float64; the files' checksums are looked at on the way."""
+    snapshots = len(reader.files)
+    grams = [torch.zeros(snapshots, snapshots, dtype=torch.float64) for _ in groups]
+    number = {index: place for place, group in enumerate(groups) for index in group}
+    for index in reader.in_order():
+        for first, last, block in reader.of(index, summing=True):
             reader.refuse_non_finite(index, block)
             if center:
                 block -= block.mean(dim=0)
-            gram += (block @ block.T).cpu()
+            grams[number[index]] += (block @ block.T).cpu()
             bar.update(last - first)
-    return gram
+    for file in reader.files:
+        file.check()
+    return grams
 
 
 def _write_directions(
@@ -308,9 +314,8 @@ def fit_basis(
         )  # fmt: skip
         start = _start(reader, trajectory, stack)
         components = []
-        for group in groups:
+        for group, gram in zip(groups, _grams(reader, groups, center, bar), strict=True):
             what = "the trajectory" if blocks == "global" else f"the block of {layout.names[group[0]]!r}"
-            gram = _gram(reader, group, len(chosen), center, bar)
             components.append(_components(gram, dim, what, len(chosen)))
         basis, known = _fit(reader, groups, components, taken, ranks, center, bar)
     basis.start, basis.provenance = start, {

@@ -51,17 +51,15 @@ def build_optimizer(
     Args:
         params: The model, or its `named_parameters()`. Give the model if you want the rule's running average: the
             weights then are where they are read, see [`LearnedOptimizer`].
-        optim (`str`, *optional*, defaults to `"sl2o"`): `"sl2o"`, `"subspace_adamw"`, or `"subspace_sgd"`.
-        basis (`str`, `Path` or [`Basis`], *optional*): Folder, Hub id or object. Without one, `"sl2o"` applies the
-            rule to every trainable scalar (LoRA factors); the other two need one.
-        rule (`str`, `Path` or [`Rule`], *optional*): Folder, Hub id, name of a shipped one, or object; defaults to the
-            shipped default.
+        optim (`str`, *optional*, defaults to `"sl2o"`): Or `"subspace_adamw"`, `"subspace_sgd"`.
+        basis (`str`, `Path` or [`Basis`], *optional*): Folder, Hub id or object. Without, all trainable scalars move.
+        rule (`str`, `Path` or [`Rule`], *optional*): Folder, Hub id, name of a shipped one (the default), or object.
         lr (`float`, *optional*): Defaults to 1.0 (sl2o, subspace_sgd) or 0.3 (subspace_adamw); one of Adam's scale is
             replaced by that with a warning.
-        units (`str`, *optional*): `"std"` or `"orthonormal"`; defaults to the units the basis was saved with.
-        momentum (`float`, *optional*, defaults to 0.0): Of subspace_sgd; the paper's Momentum has 0.9.
+        units (`str`, *optional*): `"std"` or `"orthonormal"`; default: those the basis was saved with.
+        momentum (`float`, *optional*, defaults to 0.0): Of subspace_sgd; the paper has 0.9.
         average (`float`, *optional*): eta of a running average of what is moved, see [`SubspaceOptimizer`]; 0: none.
-            Defaults to the rule's own where the model is given, and to none otherwise.
+            Default: the rule's own where the model is given, else none.
         betas, eps (*optional*, default to `(0.9, 0.999)` and 1e-8): Of subspace_adamw.
         weight_decay (`float`, *optional*, defaults to 0.0): Decoupled, of matrices alone, where there is no basis; see
             [`LearnedOptimizer`] for how it scales.

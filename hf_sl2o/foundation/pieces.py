@@ -1,0 +1,102 @@
+"""Safetensors files that are read in pieces: a piece is in memory, never the file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from .files import CHUNK, changed_content, naming, read_header, unsealed
+
+#: Dtypes by their names in the format.
+FLOATS_BY_NAME = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+class TensorFile:
+    """A safetensors file that is read in pieces, without mapping it into memory; a context manager.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Raises:
+        `FileNotFoundError`: there is no such file.
+        `ValueError`: it is truncated, or no safetensors file. Its checksum is looked at in `check`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"there is no file {self.path}")
+        with naming(self.path):
+            header, start, stop = read_header(self.path)
+            with safe_open(str(self.path), framework="pt"):
+                pass  # names, sizes and offsets fit
+        self._entries: dict[str, Any] = json.loads(header[8:])
+        self.metadata: dict[str, str] = self._entries.pop("__metadata__", None) or {}
+        self._data, self._known = len(header), header[start:stop].decode()
+        self._sum, self._summed = hashlib.sha256(unsealed(header)), len(header)
+        self._file = open(self.path, "rb", buffering=0)
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._file.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entries[name]["shape"])
+
+    def dtype(self, name: str) -> str:
+        """As the format writes it, such as `"F32"`."""
+        return str(self._entries[name]["dtype"])
+
+    def place(self, name: str) -> int:
+        """Where the tensor begins: files are read fastest in this order."""
+        return int(self._entries[name]["data_offsets"][0])
+
+    def rows(self, name: str, first: int = 0, last: int | None = None, *, summing: bool = False) -> torch.Tensor:
+        """Reads rows `first` to `last` of a tensor of F16, BF16, F32 or F64; a scalar has one row.
+
+        With `summing` the bytes count for `check`, which need not read them again; pieces come in their order then.
+        """
+        shape, dtype = self.shape(name), FLOATS_BY_NAME[self.dtype(name)]
+        row = dtype.itemsize * math.prod(shape[1:])
+        last = (shape[0] if shape else 1) if last is None else last
+        buffer = bytearray((last - first) * row)
+        start = self._data + self.place(name) + first * row
+        if summing and start > self._summed:
+            self._sum_to(start)
+        self._file.seek(start)
+        view = memoryview(buffer)
+        while view:
+            count = self._file.readinto(view)
+            if not count:
+                raise ValueError(f"{self.path} became shorter while it was read; record or copy it again")
+            view = view[count:]
+        if summing and start == self._summed:
+            self._sum.update(buffer)
+            self._summed += len(buffer)
+        if not buffer:
+            return torch.empty(last - first, *shape[1:], dtype=dtype)
+        return torch.frombuffer(buffer, dtype=dtype).view((last - first, *shape[1:]) if shape else ())
+
+    def check(self) -> None:
+        """Raises `ValueError` where the content is not what was saved; reads what was not read for it yet."""
+        self._sum_to(self.path.stat().st_size)
+        if self._known and (found := self._sum.copy().hexdigest()) != self._known:
+            with naming(self.path):
+                raise ValueError(changed_content(self._known, found))
+
+    def _sum_to(self, stop: int) -> None:
+        self._file.seek(self._summed)
+        while self._summed < stop and (chunk := self._file.read(min(CHUNK, stop - self._summed))):
+            self._sum.update(chunk)
+            self._summed += len(chunk)
