@@ -18,8 +18,6 @@ constexpr int LANES = 16;
 
 typedef float Lanes __attribute__((vector_size(64)));
 typedef int32_t Integers __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
 typedef uint8_t Unsigned __attribute__((vector_size(16)));
 
 template <class V>
@@ -48,11 +46,12 @@ struct F32 {
 };
 
 struct BF16 {
-  static constexpr bool scaled = false, paired = false;
+  static constexpr bool scaled = false, paired = true;
   static int64_t bytes(int64_t columns) { return 2 * columns; }
-  static Lanes lanes(const char* row, int64_t i) {
-    Integers wide = __builtin_convertvector(take<Halves>(row + 2 * i), Integers) << 16;
-    return take<Lanes>(&wide);
+  static Lanes lanes(const char* row, int64_t i) {  // the even columns are the low halves of 16 integers
+    Integers both = take<Integers>(row + 2 * (i & ~int64_t(31)));
+    both = i % 32 ? both & int32_t(0xFFFF0000) : both << 16;
+    return take<Lanes>(&both);
   }
   static float one(const char* row, int64_t i) { return of_bits(uint32_t(take<uint16_t>(row + 2 * i)) << 16); }
 };
@@ -61,7 +60,8 @@ struct Int8 {
   static constexpr bool scaled = true, paired = false;
   static int64_t bytes(int64_t columns) { return columns; }
   static Lanes lanes(const char* row, int64_t i) {
-    return __builtin_convertvector(__builtin_convertvector(take<Bytes>(row + i), Integers), Lanes);
+    Unsigned shifted = take<Unsigned>(row + i) ^ 128;  // compilers widen these in one instruction, signed ones not all
+    return __builtin_convertvector(__builtin_convertvector(shifted, Integers) - 128, Lanes);
   }
   static float one(const char* row, int64_t i) { return float(take<int8_t>(row + i)); }
 };
@@ -239,9 +239,7 @@ void project(const Table& table, int64_t begin, int64_t end, void* const* gradie
     alignas(64) float g[CHUNK];
     if (halves) {
       const char* from = static_cast<const char*>(gradients[p - begin]) + 2 * start;
-      int64_t i = 0;
-      for (; i + LANES <= columns; i += LANES) put(g + i, BF16::lanes(from, i));
-      for (; i < columns; ++i) g[i] = BF16::one(from, i);
+      for (int64_t i = 0; i < columns; ++i) g[i] = BF16::one(from, i);
     } else {
       std::memcpy(g, static_cast<const float*>(gradients[p - begin]) + start, columns * sizeof(float));
     }
