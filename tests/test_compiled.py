@@ -178,6 +178,20 @@ def test_run_with_and_without_the_loops(average, monkeypatch):
     torch.testing.assert_close(weights, plain_weights, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(not TRITON, reason="of the Triton kernels")
+@pytest.mark.parametrize("wrong", [False, True])
+def test_kernels_that_compute_something_else_are_not_used(wrong, monkeypatch, caplog):
+    basis, g = basis_of(), tensors(1)
+    expected = basis.project(g)
+    add = compiled._OnCUDA.add
+    if wrong:
+        monkeypatch.setattr(compiled._OnCUDA, "add", lambda self, weights, c: add(self, weights, 1.01 * c))
+    compiled._made.clear()
+    torch.testing.assert_close(basis.project(g), expected)
+    assert compiled._made[basis].works != wrong
+    assert ("something else than torch" in caplog.text) == wrong
+
+
 @pytest.mark.skipif(TRITON, reason="these are those tests")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with torch for CUDA on Linux")
 def test_the_same_of_the_triton_kernels():

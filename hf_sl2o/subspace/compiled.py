@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..foundation.native import load_native
+
+logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("columns.cpp")
 STORAGES = ("fp32", "bf16", "int8", "int4")  # in the order that the loops count them
@@ -113,15 +116,16 @@ def _loops(basis: Any, tensors: Tensors) -> _OnCPU | _OnCUDA | None:
     known = _made.get(basis)
     if known is None or known.pointers != pointers:
         kind: Any = {"cpu": _OnCPU, "cuda": _OnCUDA}.get(device.type)
-        known = None if kind is None or kind.library() is None else kind(basis, stored, pointers)
-        if known is None:
+        if kind is None or kind.library() is None:
             return None
-        _made[basis] = known
-    return known
+        known = _made[basis] = kind(basis, stored, pointers)
+    return known if known.works else None
 
 
 class _OnCPU:
     """A table for columns.cpp: where the directions of each parameter are."""
+
+    works = True
 
     @staticmethod
     def library() -> Any:
@@ -194,6 +198,34 @@ class _OnCUDA:
     def __init__(self, basis: Any, stored: Stored, pointers: list[int]) -> None:
         self.pointers, self.kernels = pointers, _triton()
         self.table = self.kernels.Table(basis, stored, STORAGES.index(stored.storage))
+        try:
+            self.works, reason = self._agrees(basis), "they compute something else than torch"
+        except Exception as error:  # a compiler, a driver: torch does the work all the same
+            self.works, reason = False, f"{type(error).__name__}: {error}"
+        if not self.works:
+            logger.warning(
+                "the Triton kernels of a basis are not used on %s (%s): torch does it", basis.device, reason
+            )
+
+    def _agrees(self, basis: Any) -> bool:
+        """Whether products with some parameters are those of torch, but for rounding."""
+        numels = basis.layout.numels
+        order = sorted(range(len(numels)), key=lambda index: numels[index])
+        c = torch.linspace(-1, 1, basis.dim, device=basis.device)
+        for index in {0, len(numels) - 1, order[0], order[-1]}:
+            first, last = basis.spans[index]
+            g = torch.sin(torch.arange(numels[index], device=basis.device) * 1.7)
+            weights: list[torch.Tensor | None] = [None] * len(numels)
+            weights[index] = torch.zeros_like(g)
+            self.add(weights, basis.to_products(c).float().contiguous())
+            lifted = torch.cat([rows[0] for _, _, rows in basis.lift_rows(index, c[None])])
+            pairs: list[tuple[Any, Any]] = [
+                (self.project(basis, [g], index, False)[first:last], basis._products(index, g))
+            ]
+            pairs.append((weights[index], lifted))
+            if not all(bool(((a - b).abs() <= 1e-3 * b.abs().max()).all()) for a, b in pairs):
+                return False
+        return True
 
     def project(self, basis: Any, gradients: Tensors, begin: int, halves: bool) -> torch.Tensor:
         return self.kernels.project(basis, self.table, gradients, begin, halves)  # type: ignore[no-any-return]
