@@ -75,7 +75,10 @@ def products(n: int, rounds: int, device: str) -> list[dict[str, Any]]:
     best = max(entry["value"] for entry in rows)
     for name, basis in bases.items():
         entry = row(f"project_and_lift_{name}", times[name])
-        rows += [entry, row(f"bandwidth_fraction_{name}", [2 * basis.nbytes / 1e9 / t / best for t in times[name]], "1")]
+        rows += [
+            entry,
+            row(f"bandwidth_fraction_{name}", [2 * basis.nbytes / 1e9 / t / best for t in times[name]], "1"),
+        ]
     fp32 = next(entry["value"] for entry in rows if entry["name"] == "project_and_lift_fp32")
     for name in bases:
         if name != "fp32":
@@ -119,7 +122,9 @@ def fit_here(folder: Path, how: str) -> dict[str, float]:
             trajectory = Trajectory(folder)
             snapshots = [load_tensors(trajectory.path(step)) for step in trajectory.steps]
             names = trajectory.layout.names if trajectory.layout else ()
-            PCA(DIM).fit_transform(np.stack([np.concatenate([s[n].numpy().ravel() for n in names]) for s in snapshots]).T)
+            PCA(DIM).fit_transform(
+                np.stack([np.concatenate([s[n].numpy().ravel() for n in names]) for s in snapshots]).T
+            )
 
     before, start = peak(), time.perf_counter()
     fit()

@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-import step_cost
+import optimizer_step
 
 from hf_sl2o.experiments.command_line.flags import parse_options
 from hf_sl2o.experiments.command_line.script import run_script
@@ -72,9 +72,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if not options.smoke and not (options.data / "gpt2_tokenizer").is_dir():
         raise FileNotFoundError(f"--data is {options.data}, which has no gpt2_tokenizer; put the one of GPT-2 there")
     start = time.perf_counter()
-    print("[step cost]", flush=True)
+    print("[optimizer step]", flush=True)
     size = "tiny" if options.smoke else "gpt2"
-    rows = step_cost.benchmark(size, rounds=5 if options.smoke else 40)
+    rows = optimizer_step.training_steps(size, rounds=5 if options.smoke else 40)
     result: dict[str, Any] = {"benchmark": "gpu", "rows": rows, "environment": environment(ROOT)}
     if options.json:
         save_json(options.json, result)

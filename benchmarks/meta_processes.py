@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_cost import build
+from optimizer_step import build
 
 from hf_sl2o import Layout, LSTMRule, MetaTrainer, MetaTrainingArguments, RandomBasis, RuleConfig, Task
 from hf_sl2o.experiments.command_line.flags import parse_options

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import benchmarks.basis as basis
 import benchmarks.gpu_vision as gpu_vision
 import benchmarks.import_time as import_time
+import benchmarks.optimizer_step as optimizer_step
 import benchmarks.rule_step as rule_step
 import recipes.resnet_cifar as resnet_cifar
 from hf_sl2o.experiments.data.e2e_embedded import write_csv
@@ -23,20 +25,31 @@ def benchmark(*words):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=250)
 
 
-def test_step_cost(tmp_path):
-    out = benchmark("benchmarks/step_cost.py", "--quick", "--json", str(tmp_path / "x.json"))
+def test_optimizer_step(tmp_path):
+    words = ["--quick", "--beside", str(ROOT), "--json", str(tmp_path / "x.json")]
+    out = benchmark("benchmarks/optimizer_step.py", *words)
     assert out.returncode == 0, out.stderr[-2000:]
     rows = {row["name"]: row for row in json.loads((tmp_path / "x.json").read_text())["rows"]}
-    assert set(rows) == {
-        "adamw_fused_step",
-        "sl2o_step_vs_adamw_fused",
-        "plain_copy_bandwidth",
-        "project_bandwidth",
-        "lift_bandwidth",
-    }
-    step = rows["sl2o_step_vs_adamw_fused"]
-    assert step["ratio"] == pytest.approx(step["value"] / rows["adamw_fused_step"]["value"])
-    assert step["baseline"] == rows["adamw_fused_step"]["value"] and rows["project_bandwidth"]["value"] > 0
+    for name in ("", "_streamed", "_tucker", "_pca_lora"):
+        step = rows[f"sl2o_step_vs_adamw_fused{name}"]
+        assert step["ratio"] == pytest.approx(step["value"] / rows["adamw_fused_step"]["value"])
+    assert rows["tucker_step_vs_adamw_fused"]["baseline"] == rows["adamw_fused_step_alone"]["value"]
+    assert 0.2 < rows["step_vs_before"]["ratio"] < 5  # the same code twice
+    assert "schedulefree_step" in rows
+    with pytest.raises(ValueError, match="expected a checkout"):
+        optimizer_step.main(["--beside", str(tmp_path)])
+
+
+def test_basis(tmp_path):
+    rows = {row["name"]: row for row in basis.products(200_000, rounds=2, device="cpu")}
+    fp32, best = rows["project_and_lift_fp32"], max(rows[f"{name}_bandwidth"]["value"] for name in ("copy", "sum"))
+    share = 2 * 4 * 40 * 200_000 / 1e9 / fp32["value"] / best
+    assert rows["bandwidth_fraction_fp32"]["value"] == pytest.approx(share, rel=0.5)  # medians of two
+    assert rows["int8_vs_fp32_time"]["baseline"] == fp32["value"]
+    found = {row["name"]: row for row in basis.fits(100_000, rounds=2)}
+    assert found["fit_vs_sklearn_time"]["baseline"] == found["fit_sklearn"]["value"] > 0
+    with pytest.raises(FileNotFoundError, match="expected one with a trajectory"):
+        basis.main(["--fit", "ours", "--folder", str(tmp_path)])
 
 
 def test_average_cost(tmp_path):

@@ -26,8 +26,8 @@ RECIPES = ("gpt2_e2e", "resnet_cifar", "vit_cifar", "vit_imagenet")
 STUDIES = ("average", "carry", "directions", "estimators", "inputs", "one_run", "repeat", "subspaces", "symbolic",
            "transfer", "unroll", "wire")  # fmt: skip
 SCRIPTS = ("evaluate_rules", "pretrain_base", "figures", "reproduce", *(f"studies.{name}" for name in STUDIES))
-TIMERS = ("gpu", "gpu_vision", "import_time", "meta_processes", "meta_training", "readme_example", "step_cost",
-          "vision_overhead")  # fmt: skip
+TIMERS = ("basis", "gpu", "gpu_vision", "import_time", "meta_processes", "meta_training", "optimizer_step",
+          "readme_example", "rule_kernel", "vision_overhead")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +205,7 @@ def test_what_a_recipe_loads(name, words, message):
         ("gpu_vision", ["--data", "embedded", "--set", "resnet8", "dim=0"], "--dim is 0"),
         ("gpu_vision", ["--data", "embedded", "--set", "resnet8", "nonsense=1"], "'--nonsense', '1'"),
         ("meta_processes", ["--rounds", "0"], "--rounds is 0"),
-        ("step_cost", ["--json", "x"], "--json is x"),
+        ("optimizer_step", ["--json", "x"], "--json is x"),
     ],
 )
 def test_flags_of_scripts(name, words, message):

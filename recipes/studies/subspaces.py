@@ -8,12 +8,12 @@ AdamW run. Beside it
 - the same number of directions of SGD with momentum, of the first quarter of AdamW's run, of another start, of
   another data set;
 - controls: a random walk with the steps of AdamW's run, and random directions;
-- orthonormal instead of whitened units, and storage in 16 bits.
+- orthonormal instead of whitened units, and storage in 16, 8 and 4 bits and as Tucker factors.
 
 Arms: the shipped rule as it is, and AdamW. AdamW's rate is tuned in the reference, in each further source, in the
-controls and in orthonormal units; over the dimensions it is the reference's. Storage is judged by the rule alone. In
-orthonormal units there is no unit that a rule was made for: there it runs at rate 1, and in the reference also at a
-tuned one. Momentum is tuned in both units.
+controls and in orthonormal units; over dimensions and storages it is the reference's. In orthonormal units there is
+no unit that a rule was made for: there it runs at rate 1, and in the reference also at a tuned one. Momentum is tuned
+in both units.
 
 Each basis also says which held-out loss the final weights of AdamW's run have, projected into it, and those of the run
 that it was taken from: one far below the losses of the arms means that the basis was large enough, and the optimizer
@@ -56,6 +56,7 @@ from hf_sl2o.rules import SHIPPED_RULES
 
 TASKS = ("e2e-gpt2", "cifar-resnet8")
 EIGHTHS = (1, 2, 4, 8, 16, 32)  # dimensions, of --dim / 8
+STORED = ("bf16", "int8", "int4", "tucker")
 RULE_RATES = (1.0, 3.0)  # where a coefficient has no natural unit
 LINES = {"sl2o": ("o-", "black", "SL2O (shipped rule)"), "subspace_adamw": ("s--", "0.45", "AdamW in the subspace")}
 
@@ -98,8 +99,8 @@ class Study:
         self.arms = arms_of("default", rule, options.steps, self.task.basis.layout)
         self.lengths: dict[tuple[Path, str], torch.Tensor] = {}
 
-    def fit(self, source: Source, dim: int) -> Basis:
-        return fit_basis(source.trajectory, dim, steps=list(source.steps), progress=False)
+    def fit(self, source: Source, dim: int, storage: str = "fp32") -> Basis:
+        return fit_basis(source.trajectory, dim, steps=list(source.steps), storage=storage, progress=False)
 
     def arm(self, name: str, rates: tuple[float, ...] | None = None, units: str = "std") -> TaskArm:
         """An arm of the comparisons in the basis of the variant, at other rates or in other units."""
@@ -126,12 +127,12 @@ class Study:
             "subspace_momentum": self.arm("subspace_momentum_orthonormal", units=units),
         }
         yield Variant("orthonormal units", ("units",), basis, self.reference, units, plain | tuned)
-        for dtype in (torch.bfloat16, torch.float16):
-            name = str(dtype).removeprefix("torch.")
-            yield Variant(name, ("storage",), basis.to(dtype=dtype), self.reference, arms=ours)
+        arms = ours | {"subspace_adamw": self.arm("subspace_adamw", (rate,))}
+        for storage in STORED:
+            stored = self.fit(self.reference, dim, storage)
+            yield Variant(storage, ("storage",), stored, self.reference, arms=arms)
         for eighths in EIGHTHS:
             d = dim * eighths // 8
-            arms = ours | {"subspace_adamw": self.arm("subspace_adamw", (rate,))}
             yield Variant(f"d = {d}", ("dimension",), self.fit(sources["adamw"], d), sources["adamw"], arms=arms)
         for kind, source in sources.items():
             if kind != "adamw":

@@ -51,7 +51,7 @@ FLAGS: dict[str, Expected] = {
             "trajectory_steps", "meta_epochs", "steps", "test_steps", "judge_steps", "draws", "base_steps",
             "generations", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
             "gradient_accumulation_steps", "eval_steps", "logging_steps", "save_steps",
-            "image_size", "shuffle_buffer", "processes", "rounds", "save_total_limit",
+            "image_size", "shuffle_buffer", "processes", "threads", "coordinates", "rounds", "save_total_limit",
         ),
         whole(1),
     ),
