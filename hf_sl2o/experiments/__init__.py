@@ -14,6 +14,7 @@ In a plain loop, on small tasks (`compare_on`):
 - `on_task`: the same on a `Task`;  `tasks/`: problems, networks, and tasks by name
 - `rivals`: optimizers that promise to need no tuning, as arms
 - `one_run`: schedules, averages and finishes of one run within a budget
+- `planning`: bytes, wire and time of a step, before anything is made
 - `wire`: two processes at the ends of a thin wire
 - `plans`: how the rules that ship were meta-trained
 - `supplement`: the paper's tables and figures: which command redoes each, and what became of its claim
