@@ -27,7 +27,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_sl2o import Basis, Layout, QuantizedBasis, RandomBasis, SubspaceOptimizer, TuckerBasis, build_optimizer
+from hf_sl2o import (
+    Basis,
+    DenseBasis,
+    Layout,
+    QuantizedBasis,
+    RandomBasis,
+    SubspaceOptimizer,
+    TuckerBasis,
+    build_optimizer,
+)
 from hf_sl2o.experiments.command_line.flags import parse_options
 from hf_sl2o.experiments.command_line.script import run_script
 from hf_sl2o.experiments.environment import environment
@@ -76,7 +85,10 @@ def random_tucker(layout: Layout, dim: int = DIM, ranks: Ranks | None = None) ->
 
 
 def dense(layout: Layout, device: torch.device, dtype: torch.dtype) -> Basis:
-    return RandomBasis(layout, DIM).to_dense().to(device, dtype)
+    """Random directions in the storage; never more of them in fp32 than those of one parameter."""
+    generator, scale = torch.Generator().manual_seed(0), layout.n**-0.5
+    matrices = [(torch.randn(DIM, n, generator=generator) * scale).to(device, dtype) for n in layout.numels]
+    return DenseBasis(layout, matrices)
 
 
 def moved_by_rule(model: torch.nn.Module, basis: Basis | None = None, **options: Any) -> torch.optim.Optimizer:
@@ -124,22 +136,27 @@ def training_steps(size: str, rounds: int, batch: int = 32, length: int = 64) ->
 # Optimizer steps alone
 
 
-def peers(model: GPT2LMHeadModel) -> dict[str, torch.optim.Optimizer]:
+def peers(model: GPT2LMHeadModel) -> dict[str, Callable[[], torch.optim.Optimizer]]:
     """What is installed of the optimizers that promise less memory, with the settings of their READMEs."""
-    found: dict[str, torch.optim.Optimizer] = {}
+    found: dict[str, Callable[[], torch.optim.Optimizer]] = {}
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
     ids = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in ids]
+    common = {"params": matrices, "update_proj_gap": 10_000, "proj_type": "std"}
     if importlib.util.find_spec("schedulefree"):
         import schedulefree
 
-        found["schedulefree_step"] = schedulefree.AdamWScheduleFree(model.parameters(), lr=1e-6)
-        found["schedulefree_step"].train()  # type: ignore[attr-defined]
+        def schedule_free() -> torch.optim.Optimizer:
+            optimizer = schedulefree.AdamWScheduleFree(model.parameters(), lr=1e-6)
+            optimizer.train()
+            return optimizer
+
+        found["schedulefree_step"] = schedule_free
     if importlib.util.find_spec("galore_torch"):
         from galore_torch import GaLoreAdamW
 
-        low = {"params": matrices, "rank": 128, "update_proj_gap": 10_000, "scale": 0.25, "proj_type": "std"}
-        found["galore_step"] = GaLoreAdamW([{"params": others}, low], lr=1e-6, no_deprecation_warning=True)
+        low = {**common, "rank": 128, "scale": 0.25}
+        found["galore_step"] = lambda: GaLoreAdamW([{"params": others}, low], lr=1e-6, no_deprecation_warning=True)
     if importlib.util.find_spec("apollo_torch"):
         from apollo_torch import APOLLOAdamW
 
@@ -147,42 +164,45 @@ def peers(model: GPT2LMHeadModel) -> dict[str, torch.optim.Optimizer]:
             ("apollo_step", {"rank": 128, "scale_type": "channel", "scale": 1}),
             ("apollo_mini_step", {"rank": 1, "scale_type": "tensor", "scale": 128}),
         ):
-            group = {"params": matrices, "proj": "random", "update_proj_gap": 10_000, "proj_type": "std", **options}
-            found[name] = APOLLOAdamW([{"params": others}, group], lr=1e-6)
+            group = {**common, "proj": "random", **options}
+            found[name] = lambda group=group: APOLLOAdamW([{"params": others}, group], lr=1e-6)
     return found
 
 
 def steps_alone(size: str, rounds: int) -> list[dict[str, Any]]:
-    """Rows of seconds of `optimizer.step()` with given gradients; GaLore's are without its decompositions."""
+    """Rows of seconds of `optimizer.step()` with given gradients; GaLore's are without its decompositions.
+
+    Each in turn with fused AdamW, one at a time: all their states together are more than many machines have.
+    """
     model = build(size)
-    layout = Layout.from_named_parameters(model.named_parameters())
+    layout, device = Layout.from_named_parameters(model.named_parameters()), model.device
     for p in model.parameters():
         p.grad = torch.randn_like(p) * 1e-3
-    tucker = random_tucker(layout).to(model.device)
-    works: dict[str, torch.optim.Optimizer] = {
-        "adamw_fused_step_alone": torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
-        "adamw_foreach_step": torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=True),
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    of_8 = lambda: QuantizedBasis.from_dense(RandomBasis(layout, 8).to_dense(), bits=4).to(device)  # noqa: E731
+    makers: dict[str, Callable[[], torch.optim.Optimizer]] = {
+        "adamw_foreach_step": lambda: torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=True),
         **peers(model),
-        "dense_bf16_step": in_adamw(model, dense(layout, model.device, torch.bfloat16)),
-        "tucker_step": in_adamw(model, tucker),
-        "tucker_step_shipped_rule": moved_by_rule(model, tucker),
+        "dense_bf16_step": lambda: in_adamw(model, dense(layout, device, torch.bfloat16)),
+        "int4_of_8_step": lambda: in_adamw(model, of_8()),
+        "tucker_step_vs_adamw_fused": lambda: in_adamw(model, random_tucker(layout).to(device)),
+        "tucker_step_shipped_rule": lambda: moved_by_rule(model, random_tucker(layout).to(device)),
     }
-    small = RandomBasis(layout, 8).to_dense()
-    works["int4_of_8_step"] = in_adamw(model, QuantizedBasis.from_dense(small, bits=4).to(model.device))
-    del small
-    gc.collect()
 
     def step(optimizer: torch.optim.Optimizer) -> None:
         if isinstance(optimizer, SubspaceOptimizer):
             optimizer.use_last()
         optimizer.step()
 
-    times = alternating({name: lambda o=o: step(o) for name, o in works.items()}, rounds, warmup=2)
-    baseline = row("adamw_fused_step_alone", times["adamw_fused_step_alone"])
-    rows = [baseline]
-    for name in list(works)[1:]:
-        named = "tucker_step_vs_adamw_fused" if name == "tucker_step" else name
-        rows.append(row(named, times[name], baseline=baseline["value"]))
+    rows = []
+    for name, make in makers.items():
+        optimizer = make()
+        works = {"adamw": adamw.step, name: lambda optimizer=optimizer: step(optimizer)}
+        times = alternating(works, rounds, warmup=2)
+        rows.append(row(name, times[name], baseline=row("adamw", times["adamw"])["value"]))
+        print(f"{name}: {rows[-1]['ratio']:.2f} of fused AdamW", flush=True)
+        del optimizer, works
+        gc.collect()
     return [{**entry, "size": size, "n": layout.n} for entry in rows]
 
 

@@ -33,7 +33,8 @@ def test_optimizer_step(tmp_path):
     for name in ("", "_streamed", "_tucker", "_pca_lora"):
         step = rows[f"sl2o_step_vs_adamw_fused{name}"]
         assert step["ratio"] == pytest.approx(step["value"] / rows["adamw_fused_step"]["value"])
-    assert rows["tucker_step_vs_adamw_fused"]["baseline"] == rows["adamw_fused_step_alone"]["value"]
+    tucker = rows["tucker_step_vs_adamw_fused"]
+    assert tucker["ratio"] == pytest.approx(tucker["value"] / tucker["baseline"]) and tucker["baseline"] > 0
     assert 0.2 < rows["step_vs_before"]["ratio"] < 5  # the same code twice
     assert "schedulefree_step" in rows
     with pytest.raises(ValueError, match="expected a checkout"):
