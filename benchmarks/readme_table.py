@@ -14,11 +14,20 @@ from hf_sl2o.experiments.levels import at_edge, paid_for_rules
 from hf_sl2o.experiments.table import table
 from hf_sl2o.foundation.files import load_json
 
+# Benchmarks whose results are rows alone.
+TIMED = (
+    "optimizer_step",
+    "basis",
+    "memory",
+    "communication",
+    "rule_kernel",
+    "rule_step",
+    "import_time",
+    "average_cost",
+)
 BLOCKS = {
     "e2e": ROOT / "recipes" / "results" / "gpt2_e2e.json",
-    "step-cost": ROOT / "benchmarks" / "results" / "step_cost.json",
-    "import-time": ROOT / "benchmarks" / "results" / "import_time.json",
-    "average-cost": ROOT / "benchmarks" / "results" / "average_cost.json",
+    **{name.replace("_", "-"): ROOT / "benchmarks" / "results" / f"{name}.json" for name in TIMED},
     "rule-default": ROOT / "recipes" / "results" / "rule_default.json",
     "rule-default-lora": ROOT / "recipes" / "results" / "rule_default_lora.json",
     "pretrained": ROOT / "recipes" / "results" / "pretrained.json",
@@ -27,7 +36,6 @@ BLOCKS = {
     "pretrained-rates": ROOT / "recipes" / "results" / "pretrained_rates.json",
     "pretrained-choosing": ROOT / "recipes" / "results" / "pretrained_choosing.json",
     "rule-default-pretrained": ROOT / "recipes" / "results" / "rule_default_pretrained.json",
-    "rule-step": ROOT / "benchmarks" / "results" / "rule_step.json",
     "meta-cost": ROOT / "benchmarks" / "results" / "meta_training.json",
     "meta-processes": ROOT / "benchmarks" / "results" / "meta_processes.json",
     "resnet8": ROOT / "recipes" / "results" / "resnet8_cifar.json",
@@ -50,10 +58,10 @@ def made_at(result: dict) -> str:  # type: ignore[type-arg]
     return f"Made at commit {made['commit'][:7]}{changes} {device}"
 
 
-def step_cost(result: dict) -> str:  # type: ignore[type-arg]
+def rows_of(result: dict) -> str:  # type: ignore[type-arg]
     lines = ["| | median | quartiles | ratio |", "|---|---|---|---|"]
     for row in result["rows"]:
-        low, high = row["quartiles"]
+        low, high = row.get("quartiles", (row["value"],) * 2)
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
         lines.append(f"| {row['name']} | {row['value']:.3g} {row['unit']} | {low:.3g} to {high:.3g} | {ratio} |")
     return "\n".join(lines)
@@ -73,7 +81,7 @@ def gpu(result: dict) -> str:  # type: ignore[type-arg]
         )
     last = runs["adamw"]["eval"][-1]
     return (
-        step_cost(result)
+        rows_of(result)
         + "\n\n"
         + "\n".join(lines)
         + f"\n\nn = {result['main_job']['n']:,}, d = {result['main_job']['recipe']['dim']}, one seed. adamw, of all "
@@ -283,9 +291,7 @@ MAKE = {
     "deit-tiny": vision,
     "gpu": gpu,
     "e2e": e2e,
-    "step-cost": step_cost,
-    "import-time": step_cost,
-    "average-cost": step_cost,
+    **{name.replace("_", "-"): rows_of for name in TIMED},
     "rule-default": rule,
     "rule-default-lora": rule,
     "pretrained": pretrained,
@@ -294,7 +300,6 @@ MAKE = {
     "pretrained-rates": rates,
     "pretrained-choosing": choosing,
     "rule-default-pretrained": rule,
-    "rule-step": step_cost,
     "meta-cost": meta_cost,
     "meta-processes": meta_processes,
     **{
