@@ -41,6 +41,14 @@ def start_sample(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     return torch.stack(rows)
 
 
+def check_start(start: torch.Tensor | None, layout: Layout) -> torch.Tensor | None:
+    """Returns `start`; raises `ValueError` unless it is fp32 of shape `(2, k, 16)`."""
+    expected = (2, len(layout.names), SAMPLED)
+    if start is not None and (tuple(start.shape) != expected or start.dtype != torch.float32):
+        raise ValueError(f"start has shape {tuple(start.shape)} and {start.dtype}, expected {expected} and fp32")
+    return start
+
+
 class Basis(HubFiles):
     """A subspace of a model's weights behind two methods, `project` and `lift`.
 

@@ -10,10 +10,10 @@ import torch
 
 from ..foundation.checked import FLOATS, check_float, check_integer
 from ..foundation.hub import take
-from .basis import SAMPLED, Basis
+from .basis import Basis, check_start
 from .compiled import Stored
 from .layout import Layout
-from .stored import stored_layout, stored_spans
+from .stored import check_names, stored_layout, stored_spans
 
 # Columns handled at a time where they are converted or generated: the fp32 copy stays in the cache.
 _CONVERTED_COLUMNS = {"cpu": 1 << 14, "cuda": 1 << 17}
@@ -83,10 +83,7 @@ class DenseBasis(Basis):
                 raise ValueError(
                     f"the directions of {name!r} have shape {tuple(matrix.shape)}, expected {(last - first, numel)}"
                 )
-        expected = (2, len(layout.names), SAMPLED)
-        if start is not None and (tuple(start.shape) != expected or start.dtype != torch.float32):
-            raise ValueError(f"start has shape {tuple(start.shape)} and {start.dtype}, expected {expected} and fp32")
-        self.start = start
+        self.start = check_start(start, layout)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,11 +144,7 @@ class DenseBasis(Basis):
         check_integer(f"dim in config.json in {where}", config["dim"], 1)
         spans = stored_spans(config["spans"], config["dim"], where)
         expected = {f"basis.{name}" for name in layout.names} | {"units", "natural_units"}
-        if different := sorted((set(tensors) ^ expected) - {"start"}):
-            state = "lacks" if different[0] in expected else "has an unknown"
-            raise ValueError(
-                f"model.safetensors in {where} {state} tensor {different[0]!r}; restore it from its source"
-            )
+        check_names(tensors, expected, {"start"}, where)
         for name, tensor in tensors.items():
             check_float(tensor, f"{name!r} in {where}")
         if tensors["units"].numel() != config["dim"]:

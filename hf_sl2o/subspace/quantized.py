@@ -14,11 +14,11 @@ import torch
 
 from ..foundation.checked import check_float, check_integer
 from ..foundation.hub import take
-from .basis import SAMPLED, Basis
+from .basis import Basis, check_start
 from .compiled import Stored
 from .dense import DenseBasis
 from .layout import Layout
-from .stored import stored_layout, stored_spans
+from .stored import check_names, stored_layout, stored_spans
 
 #: Columns that share a scale.
 BLOCK = 128
@@ -98,14 +98,6 @@ def check_spans(spans: Sequence[tuple[int, int]]) -> None:
     distinct = sorted({*spans})
     if any(last > first for (_, last), (first, _) in zip(distinct, distinct[1:], strict=False)):
         raise ValueError(f"spans {distinct[:4]} overlap; expected spans that are the same or apart")
-
-
-def check_start(start: torch.Tensor | None, layout: Layout) -> torch.Tensor | None:
-    """Returns `start`; raises `ValueError` unless it is fp32 of shape `(2, k, 16)`."""
-    expected = (2, len(layout.names), SAMPLED)
-    if start is not None and (tuple(start.shape) != expected or start.dtype != torch.float32):
-        raise ValueError(f"start has shape {tuple(start.shape)} and {start.dtype}, expected {expected} and fp32")
-    return start
 
 
 class QuantizedBasis(Basis):
@@ -315,13 +307,6 @@ def digest_of(*tensors: torch.Tensor) -> str:
     for tensor in tensors[1:]:
         digest.update(tensor.flatten(1)[:, :64].detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def check_names(found: dict[str, torch.Tensor], expected: set[str], optional: set[str], where: str) -> None:
-    """Raises `ValueError` unless a file has the tensors `expected`, and none besides those and `optional`."""
-    if different := sorted((set(found) ^ expected) - optional):
-        state = "lacks" if different[0] in expected else "has an unknown"
-        raise ValueError(f"model.safetensors in {where} {state} tensor {different[0]!r}; restore it from its source")
 
 
 def stored_units(tensors: dict[str, torch.Tensor], dim: int, where: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,8 +27,7 @@ class Ranks:
 
     Args:
         leading (`int`, *optional*, defaults to 8): Directions of the largest variance that are kept whole, at most
-            half of all. On recorded runs of GPT-2 they hold 99 % of the variance; factors of rank 8 alone hold 80 to
-            87 %, and do not train.
+            half of all: factors of small rank do not hold them.
         right (`int`, *optional*, defaults to 8): Rank of the factor of a matrix' columns. A step multiplies all
             gradients by it, and all weights: `4 * n * right` operations.
         left (`int`, *optional*, defaults to 64): Rank of the factor of its rows, which costs next to nothing.

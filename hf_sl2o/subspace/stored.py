@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from ..foundation.checked import shown
 from .layout import Layout
 
@@ -47,6 +49,13 @@ def stored_spans(data: Any, dim: int, where: str) -> list[tuple[int, int]]:
         f"config.json in {where} is malformed: spans are {shown(data)}, expected pairs of integers within (0, {dim}); "
         "restore it from its source"
     )
+
+
+def check_names(found: dict[str, torch.Tensor], expected: set[str], optional: set[str], where: str) -> None:
+    """Raises `ValueError` unless a file has the tensors `expected`, and none besides those and `optional`."""
+    if different := sorted((set(found) ^ expected) - optional):
+        state = "lacks" if different[0] in expected else "has an unknown"
+        raise ValueError(f"model.safetensors in {where} {state} tensor {different[0]!r}; restore it from its source")
 
 
 def _is_shape(data: Any) -> bool:

@@ -14,11 +14,11 @@ import torch
 
 from ..foundation.checked import check_float, check_integer
 from ..foundation.hub import take
-from .basis import Basis
+from .basis import Basis, check_start
 from .layout import Layout
-from .quantized import QuantizedBasis, check_codes, check_names, check_spans, check_start, digest_of, stored_units
+from .quantized import QuantizedBasis, check_codes, check_spans, digest_of, stored_units
 from .storage import matrix_shape
-from .stored import stored_layout, stored_spans
+from .stored import check_names, stored_layout, stored_spans
 
 # Columns handled at a time where a temporary of their size is needed.
 _COLUMNS = 1 << 18
