@@ -3,9 +3,9 @@
     python recipes/studies/repeat.py --data PATH --json recipes/results/study_repeat.json
 
 A GPT-2 and a small ViT, pretrained on one part of their data, are adapted to the other. The first run trains all
-weights; 40 directions of it are kept. Then the run is repeated: with another order of the batches (seed), on another
-four fifths of the rows (fold), on the other half (sample), with a fifth of the labels random (noise: the first run was
-clean; noise, both: it was not). Arms: the shipped rule as it is and AdamW in the subspace; AdamW of all weights and of
+weights; 40 directions of it are kept. Then the run is repeated: with another order of the batches (seed); the GPT-2 on
+another four fifths of the rows (fold) and on the other half (sample); the ViT with a fifth of the labels random (noise:
+the first run was clean; noise, both: it was not). Arms: the shipped rule as it is and AdamW in the subspace; AdamW of all weights and of
 LoRA factors; the shipped rule on the factors; AdamW from the weights that the first run ended at (warm start), where
 those may be used. Rates are tuned for each length, and for each kind of labels, on held-out loss. A schedule decays to
 zero at the end, so each arm gets short runs as well as long ones; the steps to a loss are the fewest of all its runs.
@@ -68,23 +68,20 @@ class Kind:
 
 
 def kinds_of(of: Adaptation) -> list[Kind]:
-    """The repeats of an adaptation; labels exist for images alone."""
+    """The repeats of an adaptation: of text with other rows, of images with other labels."""
     order = torch.randperm(of.count, generator=torch.Generator().manual_seed(2)).tolist()
     every, half = list(range(of.count)), of.count // 2
 
     def without(fold: int) -> list[int]:
         return [row for place, row in enumerate(order) if place % FOLDS != fold]
 
-    kinds = [
-        Kind("seed", of, every, of, every),
-        Kind("fold", of, without(0), of, without(1)),
-        Kind("sample", of, order[:half], of, order[half:]),
-    ]
-    if of.relabelled is not None:
-        noisy = of.relabelled(21)
-        kinds.append(Kind("noise", of, every, noisy, every))
-        kinds.append(Kind("noise, both", of.relabelled(20), every, noisy, every))
-    return kinds
+    seed = Kind("seed", of, every, of, every)
+    if of.relabelled is None:
+        fold = Kind("fold", of, without(0), of, without(1))
+        return [seed, fold, Kind("sample", of, order[:half], of, order[half:])]
+    noisy = of.relabelled(21)
+    noise = Kind("noise", of, every, noisy, every)
+    return [seed, noise, Kind("noise, both", of.relabelled(20), every, noisy, every)]
 
 
 def arms_of_kind(kind: Kind, earlier: Earlier) -> dict[str, tuple[Task, Callable[[int], TaskArm]]]:
