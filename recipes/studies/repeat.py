@@ -215,9 +215,11 @@ def plot(result: dict[str, Any], path: Path) -> None:
                             label = LABELS[arm] if number == index == 0 else "_"
                             axis.plot(*zip(*points, strict=True), color=colour, linestyle=style, linewidth=1,
                                       label=label)  # fmt: skip
+                runs = [run for of_arm in entry["arms"].values() for run in of_arm["runs"].values()]
+                losses = [point[1] for run in runs for curve in run["eval_per_seed"] for point in curve if point[0]]
                 unit = "nats a token" if task.startswith("e2e") else "nats an image"
-                axis.set(title=f"{task}, {kind}", xlabel="step (0 at 1)", ylabel=f"held-out loss ({unit})",
-                         xscale="log", yscale="log")  # fmt: skip
+                axis.set(title=f"{task}, {kind}", xlabel="step (0 at 1, where it is in sight)", ylabel=f"held-out loss ({unit})",
+                         xscale="log", yscale="log", ylim=(0.97 * min(losses), 1.03 * max(losses)))  # fmt: skip
                 axis.yaxis.set_major_formatter("{x:.3g}")
                 axis.yaxis.set_minor_formatter("{x:.3g}")
             for axis in row[len(kinds) :]:
