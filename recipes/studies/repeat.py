@@ -7,10 +7,10 @@ weights; 40 directions of it are kept. Then the run is repeated: with another or
 another four fifths of the rows (fold) and on the other half (sample); the ViT with a fifth of the labels random
 (noise: the first run was clean; noise, both: it was not). Arms: the shipped rule as it is and AdamW in the subspace;
 AdamW of all weights and of LoRA factors; the shipped rule on the factors; AdamW from the weights that the first run
-ended at (warm start), where those may be used. Rates are tuned for each length, and for each kind of labels, on held-
-out loss. A schedule decays to zero at the end, so each arm gets short runs as well as long ones; the steps to a loss
-are the fewest of all its runs. Seconds: a step of each arm is timed in turns with the others. The rows that are judged
-are in no run. Killed and started again it goes on.
+ended at (warm start), where those may be used. Rates are tuned for each length, and for each kind of labels, on
+held-out loss. A schedule decays to zero at the end, so each arm gets short runs as well as long ones; the steps to a
+loss are the fewest of all its runs. Seconds: a step of each arm is timed in turns with the others. The rows that are
+judged are in no run. Killed and started again it goes on.
 """
 
 from __future__ import annotations
