@@ -44,7 +44,8 @@ from hf_sl2o.experiments.timing import alternating, row
 from hf_sl2o.foundation.files import save_json
 from hf_sl2o.subspace.quantized import quantize
 from hf_sl2o.subspace.storage import Ranks, factor_ranks, matrix_shape
-from hf_sl2o.subspace.tucker import Factors, leading_basis
+from hf_sl2o.subspace.thin import Factors
+from hf_sl2o.subspace.tucker import leading_basis
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = {"tiny": (2, 2, 64, 1000), "small": (4, 8, 512, 20000), "gpt2": (12, 12, 768, 50257)}

@@ -26,7 +26,7 @@ TRITON = os.environ.get("TRITON_INTERPRET") == "1"
 def _loops(monkeypatch):
     if TRITON:
         pytest.importorskip("triton")
-        monkeypatch.setattr(compiled, "_OnCPU", compiled._OnCUDA)
+        monkeypatch.setattr(compiled, "OnCPU", compiled._OnCUDA)
     elif native.load_native(compiled._SOURCE) is None:
         pytest.skip("there is no C++ compiler here, so there are no compiled loops")
 

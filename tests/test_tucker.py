@@ -8,7 +8,8 @@ from hf_sl2o import Basis, Layout, Trajectory, fit_basis
 from hf_sl2o.subspace import factors as fits
 from hf_sl2o.subspace import fit
 from hf_sl2o.subspace.storage import Ranks, factor_ranks, matrix_shape
-from hf_sl2o.subspace.tucker import Factors, TuckerBasis
+from hf_sl2o.subspace.thin import Factors
+from hf_sl2o.subspace.tucker import TuckerBasis
 
 from .test_quantized import saved
 from .test_storage import flat, write_walk
@@ -30,7 +31,7 @@ def made(kind):
 @pytest.mark.parametrize("kind", ["both", "left", "right", "left is narrow", "whole"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_factors_are_their_product(kind, dtype, monkeypatch):
-    monkeypatch.setattr("hf_sl2o.subspace.tucker._COLUMNS", 8 * Q)
+    monkeypatch.setattr("hf_sl2o.subspace.thin._COLUMNS", 8 * Q)
     of, g = made(kind), torch.randn(M, Q)
     left = torch.eye(M) if of.left is None else of.left
     right = torch.eye(Q) if of.right is None else of.right

@@ -3,7 +3,7 @@
 - `layout`, `names`: the parameters of a model as one vector of length n
 - `basis`: what every basis does: `project` a gradient, `lift` a step;  `dense`, `random`, `identity`: the directions
 - `compiled`: the two for all parameters in one call, by `columns.cpp` on a CPU and `triton_columns` on CUDA
-- `quantized`, `tucker`, `factors`: directions of few bits, or that share factors, and their fits
+- `quantized`, `thin`, `tucker`, `factors`: directions of few bits, or that share factors, and their fits
 - `storage`: bytes of each storage, and which fits
 - `trajectory`, `fit`: recorded snapshots, and their principal directions
 - `stored`: what a saved basis says of its layout

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("columns.cpp")
 STORAGES = ("fp32", "bf16", "int8", "int4")  # in the order that the loops count them
+_CHUNK = 4096  # columns that the loops on a CPU have at a time
 # Bytes of directions from which a second thread is worth its start, some 20 microseconds.
 _THREADED = 1 << 20
 
@@ -36,11 +37,14 @@ class Stored(NamedTuple):
         codes (`Sequence[torch.Tensor]`): For each parameter fp32, bf16 or int8 of shape `(d_p, numel)`, or uint8 of
             shape `(d_p, ceil(numel / 2))`.
         scales (`Sequence[torch.Tensor]`, *optional*): Of int8 and int4: fp32 of shape `(d_p, ceil(numel / 128))`.
+        wides (`Sequence[torch.Tensor | None]`, *optional*): For each parameter that has thin factors beside the
+            directions, fp32 of shape `(r, q)` as [`in_order`] makes them.
     """
 
     storage: str
     codes: Sequence[torch.Tensor]
     scales: Sequence[torch.Tensor] | None = None
+    wides: Sequence[torch.Tensor | None] | None = None
 
     @property
     def pointers(self) -> list[int]:
@@ -105,7 +109,12 @@ def _fp32(tensors: Tensors) -> bool:
     return all(t is None or (t.dtype == torch.float32 and t.is_contiguous()) for t in tensors)
 
 
-def _loops(basis: Any, tensors: Tensors) -> _OnCPU | _OnCUDA | None:
+def fp32_on_cpu(tensors: Tensors) -> bool:
+    """Whether the loops on a CPU can write to them."""
+    return _fp32(tensors) and all(t is None or t.device.type == "cpu" for t in tensors)
+
+
+def _loops(basis: Any, tensors: Tensors) -> OnCPU | _OnCUDA | None:
     """Loops for a basis and tensors where it is; made once, and anew where a tensor was moved in place."""
     stored, device = basis.stored(), basis.device
     if stored is None or any(t is not None and t.device != device for t in tensors):
@@ -115,14 +124,14 @@ def _loops(basis: Any, tensors: Tensors) -> _OnCPU | _OnCUDA | None:
     pointers = stored.pointers
     known = _made.get(basis)
     if known is None or known.pointers != pointers:
-        kind: Any = {"cpu": _OnCPU, "cuda": _OnCUDA}.get(device.type)
+        kind: Any = {"cpu": OnCPU, "cuda": _OnCUDA}.get(device.type)
         if kind is None or kind.library() is None:
             return None
         known = _made[basis] = kind(basis, stored, pointers)
     return known if known.works else None
 
 
-class _OnCPU:
+class OnCPU:
     """A table for columns.cpp: where the directions of each parameter are."""
 
     works = True
@@ -141,10 +150,13 @@ class _OnCPU:
         rows = integers(*(last - first for first, last in basis.spans))
         firsts = integers(*(first for first, _ in basis.spans))
         codes, scales = addresses(*pointers[:count]), addresses(*(pointers[count:] or [0] * count))
+        self.wides = [None] * count if stored.wides is None else list(stored.wides)
+        sizes = [(0, 1) if wide is None else wide.shape for wide in self.wides]
+        factors = _addresses(self.wides), *(integers(*of) for of in zip(*sizes, strict=True))
         numels = integers(*basis.layout.numels)
         self.table = ctypes.c_void_p(
-            self.calls.sl2o_table(ctypes.c_int64(count), numels, rows, firsts, codes, scales)
-        )  # fmt: skip
+            self.calls.sl2o_table(ctypes.c_int64(count), numels, rows, firsts, codes, scales, *factors)
+        )
         weakref.finalize(self, self.calls.sl2o_forget, self.table)
         self.storage = ctypes.c_int(STORAGES.index(stored.storage))
         self.bytes = sum(tensor.nbytes for tensor in stored.codes)
@@ -153,23 +165,71 @@ class _OnCPU:
     def threads(self) -> ctypes.c_int:
         return ctypes.c_int(torch.get_num_threads() if self.bytes >= _THREADED else 1)
 
-    def project(self, basis: Any, gradients: Tensors, begin: int, halves: bool) -> torch.Tensor:
+    def project(
+        self, basis: Any, gradients: Tensors, begin: int, halves: bool, thin: Tensors | None = None
+    ) -> torch.Tensor:
+        """`thin`: for each factored parameter where G WIDE^T goes, (m, slices, r) fp32."""
         out = torch.zeros(basis.dim, dtype=torch.float64)
         numbers = ctypes.c_int64(begin), ctypes.c_int64(begin + len(gradients))
         self.calls.sl2o_project(
-            self.table, self.storage, *numbers, _addresses(gradients), int(halves), self.threads, _address(out)
-        )
+            self.table, self.storage, *numbers, _addresses(gradients), int(halves), self.threads, _address(out),
+            _addresses([None] * len(gradients) if thin is None else thin),
+        )  # fmt: skip
         return out.float()
 
-    def add(self, weights: Tensors, coefficients: torch.Tensor) -> None:
-        self.calls.sl2o_add(self.table, self.storage, _addresses(weights), _address(coefficients), self.threads)
+    def add(self, weights: Tensors, coefficients: torch.Tensor, tall: Tensors | None = None) -> None:
+        """`tall`: (m, r) of each factored parameter, whose product with WIDE is added, too."""
+        tall = _addresses([None] * len(weights) if tall is None else tall)
+        self.calls.sl2o_add(self.table, self.storage, _addresses(weights), _address(coefficients), tall, self.threads)
 
     def publish(
-        self, weights: Tensors, before: Tensors, ways: Tensors, rows: torch.Tensor, moved: torch.Tensor
-    ) -> None:
+        self, weights: Tensors, before: Tensors, ways: Tensors, rows: torch.Tensor, moved: torch.Tensor,
+        tall: Tensors | None = None,
+    ) -> None:  # fmt: skip
+        """`tall`: (2, m, r) of each factored parameter."""
         tensors = map(_addresses, (weights, before, ways))
+        tall = _addresses([None] * len(weights) if tall is None else tall)
         dim, moves = ctypes.c_int64(rows.shape[1]), ctypes.c_int(bool(moved))
-        self.calls.sl2o_publish(self.table, self.storage, *tensors, _address(rows), dim, moves, self.threads)
+        self.calls.sl2o_publish(self.table, self.storage, *tensors, _address(rows), dim, tall, moves, self.threads)
+
+
+def in_order(wide: torch.Tensor, storage: str) -> torch.Tensor:
+    """A matrix (r, q), q a multiple of 32, with columns in the order in which the loops have those of a storage."""
+    if storage in ("bf16", "int4"):  # of each 32 the even ones come first
+        wide = wide.unflatten(1, (-1, 16, 2)).transpose(2, 3).flatten(1)
+    return wide.contiguous()
+
+
+def beside_factors(basis: Any, wides: Tensors) -> OnCPU | None:
+    """Loops over stored directions and thin factors beside them, on a CPU; None where there are none.
+
+    Args:
+        basis: With directions on a CPU that a loop can read.
+        wides: For each parameter (r, q) fp32, q a multiple of 128; or None.
+    """
+    stored = basis.stored()
+    if stored is None or basis.device.type != "cpu" or OnCPU.library() is None:
+        return None
+    if not all(t.is_contiguous() for t in (*stored.codes, *(stored.scales or ()))):
+        return None
+    ordered = [None if wide is None else in_order(wide, stored.storage) for wide in wides]
+    return OnCPU(basis, stored._replace(wides=ordered), stored.pointers)
+
+
+def project_beside(loops: OnCPU, basis: Any, gradients: Tensors) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+    """Returns the products with the stored directions, (d,), and G WIDE^T, (m, r), of each factored parameter."""
+    halves = all(g is None or g.dtype == torch.bfloat16 for g in gradients)
+    dtype = torch.bfloat16 if halves else torch.float32
+    flat = [None if g is None else g.detach().to(dtype).contiguous() for g in gradients]
+    thin: list[torch.Tensor | None] = []
+    for g, wide in zip(flat, loops.wides, strict=True):
+        if g is None or wide is None:
+            thin.append(None)
+        else:
+            r, q = wide.shape
+            thin.append(torch.empty(g.numel() // q, -(-q // _CHUNK), r))
+    raw = loops.project(basis, flat, 0, halves, thin)
+    return raw, [None if of is None else of.sum(1) for of in thin]
 
 
 def _address(tensor: torch.Tensor) -> ctypes.c_void_p:
@@ -239,4 +299,4 @@ class _OnCUDA:
         self.kernels.publish(self.table, weights, before, ways, rows, moved)
 
 
-_made: weakref.WeakKeyDictionary[Any, _OnCPU | _OnCUDA] = weakref.WeakKeyDictionary()
+_made: weakref.WeakKeyDictionary[Any, OnCPU | _OnCUDA] = weakref.WeakKeyDictionary()

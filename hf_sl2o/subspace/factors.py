@@ -14,7 +14,8 @@ import torch
 from .layout import Layout
 from .quantized import BLOCK, QuantizedBasis, dequantize, inverse_root, quantize
 from .storage import Ranks, factor_ranks, matrix_shape
-from .tucker import Factors, TuckerBasis, leading_basis
+from .thin import Factors
+from .tucker import TuckerBasis, leading_basis
 
 # Columns of a sketch beyond the rank that is wanted.
 _OVERSAMPLED = 8

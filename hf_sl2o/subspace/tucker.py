@@ -8,99 +8,21 @@ matrix makes all of them orthonormal. To project costs two thin products, G B an
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from ..foundation.checked import check_float, check_integer
 from ..foundation.hub import take
+from . import compiled
 from .basis import Basis, check_start
 from .layout import Layout
 from .quantized import QuantizedBasis, check_codes, check_spans, digest_of, stored_units
-from .storage import matrix_shape
 from .stored import check_names, stored_layout, stored_spans
+from .thin import Factors, check_factors
 
 # Columns handled at a time where a temporary of their size is needed.
 _COLUMNS = 1 << 18
-
-
-class Factors(NamedTuple):
-    """Directions of one parameter as a matrix of shape (m, q).
-
-    Args:
-        core (`torch.Tensor` of shape `(d', r1, r2)`): fp32.
-        left (`torch.Tensor` of shape `(m, r1)`, *optional*): Without one r1 = m.
-        right (`torch.Tensor` of shape `(q, r2)`, *optional*): Without one r2 = q.
-    """
-
-    core: torch.Tensor
-    left: torch.Tensor | None = None
-    right: torch.Tensor | None = None
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [tensor for tensor in self if tensor is not None]
-
-    def matrix_shape(self) -> tuple[int, int]:
-        """(m, q)."""
-        m = self.core.shape[1] if self.left is None else len(self.left)
-        return m, self.core.shape[2] if self.right is None else len(self.right)
-
-    def reduce(self, matrix: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """A^T M B of rows `first`, ... of a matrix: `(..., rows, q)` to `(..., r1, r2)`, fp32.
-
-        Without a left factor the rows stay as they are.
-        """
-        left = None if self.left is None else self.left[first : first + matrix.shape[-2]]
-        if self.right is None:
-            return matrix if left is None else left.T @ matrix
-        if left is not None and left.shape[1] < self.right.shape[1]:
-            return (left.T @ matrix) @ self.right
-        half = matrix @ self.right
-        return half if left is None else left.T @ half
-
-    def project(self, flat: torch.Tensor) -> torch.Tensor:
-        """Products of the d' directions with a gradient of shape `(m * q,)`: `(d',)`."""
-        matrix = flat.view(self.matrix_shape())
-        if matrix.dtype == self.core.dtype:
-            small = self.reduce(matrix)
-        else:  # no copy of the whole gradient in another dtype
-            step = max(1, _COLUMNS // max(matrix.shape[1], 1))
-            parts = [
-                self.reduce(matrix[first : first + step].to(self.core.dtype), first)
-                for first in range(0, len(matrix), step)
-            ]
-            small = torch.cat(parts) if self.left is None else torch.stack(parts).sum(0)
-        return self.core.flatten(1) @ small.reshape(-1)
-
-    def thin(self, c: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Two matrices, (m, r) and (r, q), whose product is the sum of the directions times c (d',); or None, and it.
-
-        In the dtype of c.
-        """
-        middle = (c @ self.core.flatten(1).to(c.dtype)).view(self.core.shape[1:])
-        left = None if self.left is None else self.left.to(c.dtype)
-        right = None if self.right is None else self.right.to(c.dtype).T
-        if left is None or right is None:
-            return (middle, right) if right is not None else (left, middle)
-        return (left, middle @ right) if left.shape[1] < right.shape[0] else (left @ middle, right)
-
-    @staticmethod
-    def add_thin_(flat: torch.Tensor, thin: tuple[torch.Tensor | None, torch.Tensor], start: int = 0) -> None:
-        """Adds the product of what [`Factors.thin`] returned to whole rows of it, from column `start`, in place."""
-        tall, wide = thin
-        matrix = flat.view(-1, wide.shape[1])
-        rows = slice(start // wide.shape[1], start // wide.shape[1] + len(matrix))
-        if tall is None:
-            matrix.add_(wide[rows])
-        else:
-            matrix.addmm_(tall[rows], wide)
-
-    def whole(self, first: int, last: int) -> torch.Tensor:
-        """Rows `first` to `last` of the directions: `(d', rows * q)`."""
-        left = None if self.left is None else self.left[first:last]
-        middle = self.core[:, first:last] if left is None else left @ self.core
-        return (middle if self.right is None else middle @ self.right.T).flatten(1)
 
 
 class TuckerBasis(Basis):
@@ -127,7 +49,8 @@ class TuckerBasis(Basis):
     ```python
     >>> import torch
     >>> from hf_sl2o import Layout
-    >>> from hf_sl2o.subspace.tucker import Factors, TuckerBasis
+    >>> from hf_sl2o.subspace.thin import Factors
+    >>> from hf_sl2o.subspace.tucker import TuckerBasis
     >>> layout = Layout(("w",), ((3, 2),))
     >>> basis = TuckerBasis(layout, [Factors(torch.ones(1, 1, 2) / 2**0.5, left=torch.eye(3)[:, :1])], torch.eye(1),
     ...     torch.ones(1))
@@ -159,7 +82,7 @@ class TuckerBasis(Basis):
         distinct = sorted({*self.spans})
         self.leading, self._whole = leading, 0 if leading is None else leading.dim // len(distinct)
         for name, shape, (first, last), of in zip(layout.names, layout.shapes, self.spans, factors, strict=True):
-            _check_factors(name, shape, last - first - self._whole, of)
+            check_factors(name, shape, last - first - self._whole, of)
         if mix.shape != (self.dim, self.dim) or mix.dtype != torch.float32:
             raise ValueError(f"mix has shape {tuple(mix.shape)} and {mix.dtype}, expected {(self.dim,) * 2} and fp32")
         if leading is not None:
@@ -174,6 +97,7 @@ class TuckerBasis(Basis):
             dtype=torch.int64,
             device=self.device,
         )
+        self._loops: tuple[list[int], compiled.OnCPU | None] | None = None
         self.units, self.natural_units = self.units.float(), self.natural_units.float()
         self.start = check_start(start, layout)
 
@@ -208,13 +132,30 @@ class TuckerBasis(Basis):
         """Coefficients of the factors of a parameter."""
         return slice(self.spans[index][0] + self._whole, self.spans[index][1])
 
+    def _of_both(self) -> compiled.OnCPU | None:
+        """Loops over the leading directions and the factors in one pass, where there are any."""
+        if self.leading is None or not self.has_loops:
+            return None
+        stored = self.leading.stored()
+        pointers = [] if stored is None else stored.pointers
+        if self._loops is None or self._loops[0] != pointers:  # made once, and anew where a tensor was moved
+            self._loops = pointers, compiled.beside_factors(self.leading, [of.wide for of in self._factors])
+        return self._loops[1]
+
     @torch.no_grad()
     def project(self, tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
-        tensors, raw = list(tensors), torch.zeros(self.dim, device=self.device)
-        if self.leading is not None:
+        tensors, raw, halves = list(tensors), torch.zeros(self.dim, device=self.device), None
+        loops = self._of_both()
+        if loops is not None:
+            raw[self._places], halves = compiled.project_beside(loops, self.leading, tensors)
+        elif self.leading is not None:
             raw[self._places] = self.leading.project(tensors)
         for index, (tensor, factors) in enumerate(zip(tensors, self._factors, strict=True)):
-            if tensor is not None:
+            half = None if halves is None else halves[index]
+            if half is not None:
+                small = half if factors.left is None else factors.left.T @ half
+                raw[self._own(index)] += factors.core.flatten(1) @ small.reshape(-1)
+            elif tensor is not None:
                 raw[self._own(index)] += factors.project(tensor.reshape(-1))
         return self.from_products(raw)
 
@@ -224,8 +165,16 @@ class TuckerBasis(Basis):
 
     @torch.no_grad()
     def add_(self, tensors: Iterable[torch.Tensor], coefficients: torch.Tensor) -> None:
-        tensors = list(tensors)
+        tensors, done = list(tensors), [False] * len(self._factors)
+        loops = self._of_both() if compiled.fp32_on_cpu(tensors) else None
+        if loops is not None:
+            raw = self.to_products(coefficients.float())
+            tall = [self._tall(index, raw[None]) for index in range(len(tensors))]
+            loops.add(tensors, raw[self._places].contiguous(), tall)
+            done = [of is not None for of in tall]
         for index, (tensor, factors) in enumerate(zip(tensors, self._factors, strict=True)):
+            if done[index]:
+                continue
             flat = tensor.detach().reshape(-1)  # a copy where the memory is not contiguous, written back below
             wide = torch.promote_types(flat.dtype, torch.float32)
             if flat.dtype == wide and (self.leading is None or wide == torch.float32):
@@ -236,9 +185,16 @@ class TuckerBasis(Basis):
                     flat[start:stop] = flat[start:stop].to(wide) + lifted[0]
             if flat.data_ptr() != tensor.data_ptr():
                 tensor.detach().copy_(flat.view(tensor.shape))
-        if self.leading is not None:
+        if self.leading is not None and loops is None:
             narrow = [t if t.dtype == torch.float32 else None for t in tensors]
             self._add_leading(narrow, self.to_products(coefficients.float())[self._places])
+
+    def _tall(self, index: int, rows: torch.Tensor) -> torch.Tensor | None:
+        """Of a parameter whose factors the loops take: (rows, m, r) for products `rows`."""
+        factors = self._factors[index]
+        if factors.wide is None:
+            return None
+        return torch.stack([factors.tall(row[self._own(index)]) for row in rows])
 
     def _add_leading(self, tensors: Sequence[torch.Tensor | None], c: torch.Tensor) -> None:
         """Adds the leading directions times c to those tensors that are given."""
@@ -263,14 +219,15 @@ class TuckerBasis(Basis):
         rows: torch.Tensor,
         moved: torch.Tensor,
     ) -> bool:
-        if self.leading is None or not self.has_loops:
+        loops = self._of_both() if all(map(compiled.fp32_on_cpu, (weights, before, ways))) else None
+        if loops is None:
             return False
         raw, move = self.to_products(rows.float()), bool(moved)
-        if not self.leading.publish_(weights, before, ways, raw[:, self._places], moved):
-            return False
+        tall = [None if weight is None else self._tall(index, raw) for index, weight in enumerate(weights)]
+        loops.publish(weights, before, ways, raw[:, self._places].contiguous(), moved, tall)
         for index, factors in enumerate(self._factors):
             weight, way, own = weights[index], ways[index], self._own(index)
-            if weight is not None and way is not None:
+            if weight is not None and way is not None and tall[index] is None:
                 if move or before[index] is None:
                     factors.add_thin_(weight.view(-1), factors.thin(raw[0, own] - raw[1, own]))
                 factors.add_thin_(way.view(-1), factors.thin(raw[1, own]))
@@ -380,17 +337,3 @@ def leading_basis(
     dim = whole * len(places)
     own = [(places[span], places[span] + whole) for span in spans]
     return QuantizedBasis(layout, codes, scales, torch.eye(dim), torch.ones(dim), spans=own)
-
-
-def _check_factors(name: str, shape: tuple[int, ...], rows: int, of: Factors) -> None:
-    m, q = matrix_shape(shape)
-    core = tuple(of.core.shape)
-    fits = len(core) == 3 and core[0] == rows >= 1 and core[1] >= 1 and core[2] >= 1
-    fits = fits and (core[1] == m if of.left is None else tuple(of.left.shape) == (m, core[1]))
-    fits = fits and (core[2] == q if of.right is None else tuple(of.right.shape) == (q, core[2]))
-    if not fits or any(t.dtype != torch.float32 for t in of.tensors):
-        found = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in of.tensors)
-        raise ValueError(
-            f"the factors of {name!r} are {found}; expected fp32, a core of {rows} directions, and factors whose "
-            f"product has shape {(m, q)}"
-        )
