@@ -2,10 +2,11 @@
 
     python benchmarks/gpu.py --data FOLDER --json benchmarks/results/gpu.json
 
-FOLDER holds train.csv and validation.csv of E2E, and `gpt2_tokenizer/`. Needs torch, transformers, accelerate, peft
-and safetensors, and 40 GB in --output_dir for the snapshots and the basis. Schedules are short: this measures that it
-works and what it costs, not how good it gets. Each part is written when it is done; killed and started again with the
-same --output_dir it goes on.
+Before it the steps of a GPT-2 beside fused AdamW's, project and lift in each storage, and the rule's kernel: the rows
+of `optimizer_step.py`, `basis.py` and `rule_kernel.py`. FOLDER holds train.csv and validation.csv of E2E, and
+`gpt2_tokenizer/`. Needs torch, transformers, accelerate, peft and safetensors, and 40 GB in --output_dir for the
+snapshots and the basis. Schedules are short: this measures that it works and what it costs, not how good it gets. Each
+part is written when it is done; killed and started again with the same --output_dir it goes on.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import basis
 import optimizer_step
+import rule_kernel
 
 from hf_sl2o.experiments.command_line.flags import parse_options
 from hf_sl2o.experiments.command_line.script import run_script
 from hf_sl2o.experiments.data.e2e import load_rows
 from hf_sl2o.experiments.environment import environment
 from hf_sl2o.foundation.files import save_json
-from hf_sl2o.rules import SHIPPED_RULES
+from hf_sl2o.rules import SHIPPED_RULES, kernel
 from recipes import gpt2_e2e
 
 ARMS = ["sl2o", "subspace_adamw", "subspace_adamw_orthonormal", "subspace_momentum", "adamw"]
@@ -58,6 +61,15 @@ def smoke(data: Path) -> list[str]:
     return [*flags.split(), "--trajectory_learning_rates", "0.003", "--data", str(data)]
 
 
+def kernels(smoke: bool) -> list[dict[str, Any]]:
+    """Rows of the two hot loops; at toy size those of a CPU."""
+    if torch.cuda.is_available() and not smoke:
+        rows = basis.products(124_439_808, rounds=15, device="cuda")
+        torch.cuda.empty_cache()
+        return rows + rule_kernel.gpu_rows(10_000_000, 200) + rule_kernel.optimizer_rows(10_000_000, 50, "cuda")
+    return basis.products(50_000, rounds=2, device="cpu") + rule_kernel.rule_rows(2 * kernel.LEAST, 2)
+
+
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -76,6 +88,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     size = "tiny" if options.smoke else "gpt2"
     rows = optimizer_step.training_steps(size, rounds=5 if options.smoke else 40)
     result: dict[str, Any] = {"benchmark": "gpu", "rows": rows, "environment": environment(ROOT)}
+    if options.json:
+        save_json(options.json, result)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    print("[kernels]", flush=True)
+    rows += kernels(options.smoke)
     if options.json:
         save_json(options.json, result)
     if torch.cuda.is_available():
