@@ -106,7 +106,8 @@ def test_gpu_benchmark_at_toy_size(tmp_path):
     assert out.returncode == 0, out.stderr[-2000:]
     result = json.loads((tmp_path / "x.json").read_text())
     names = {row["name"] for row in result["rows"]}
-    assert names >= {"adamw_fused_step", "sl2o_step_vs_adamw_fused_tucker", "bandwidth_fraction_bf16", "rule_vs_eager_lstmcell"}
+    assert names >= {"adamw_fused_step", "sl2o_step_vs_adamw_fused_tucker"}
+    assert names >= {"bandwidth_fraction_bf16", "rule_vs_eager_lstmcell"}
     assert set(result["main_job"]["runs"]) >= {"sl2o", "subspace_adamw", "adamw"}
     assert result["environment"]["device"]
 
