@@ -1,7 +1,7 @@
 """What everything stands on: files that are whole or not there, checks of what is read, the Hub, processes.
 
 - `files`, `partials`, `locks`: safetensors and JSON, written atomically, with a checksum; what a kill left; one writer
-- `pieces`: safetensors files that are read in pieces
+- `pieces`: safetensors files that are read in pieces, or are views of the file
 - `checked`: numbers, flags and tensors from a file or a user, refused in words
 - `hub`: `save_pretrained`, `from_pretrained`, `push_to_hub` of rules and bases
 - `native`: C++ loops, compiled at their first use

@@ -25,6 +25,7 @@ from .files import (
     tensor_writer,
     write_atomically,
 )
+from .pieces import map_tensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -53,7 +54,13 @@ T = TypeVar("T", bound="HubFiles")
 
 
 class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-optimizer"], model_card_template=CARD):
-    """Adds `save_pretrained`, `from_pretrained` and `push_to_hub` to a class that can turn itself into files."""
+    """Adds `save_pretrained`, `from_pretrained` and `push_to_hub` to a class that can turn itself into files.
+
+    Attributes:
+        reads (`frozenset[str]`): Further arguments of `from_pretrained`; `"mapped"` is known.
+    """
+
+    reads: frozenset[str] = frozenset()
 
     def to_files(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Returns the config (JSON) and the tensors."""
@@ -131,8 +138,8 @@ class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-opt
         token: str | bool | None,
         **unknown: Any,
     ) -> T:
-        if unknown:
-            raise TypeError(f"from_pretrained got unknown arguments {sorted(unknown)}")
+        if others := sorted(unknown.keys() - cls.reads):
+            raise TypeError(f"from_pretrained got unknown arguments {others}")
         paths = {}
         for name in (CONFIG, WEIGHTS):
             if Path(model_id).is_dir():
@@ -162,10 +169,10 @@ class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-opt
                     f"({type(error).__name__}: {str(error).strip().splitlines()[0]}); check the path, or log in with "
                     "`hf auth login` for a private repository"
                 ) from error
-        return cls._from_paths(paths[CONFIG], paths[WEIGHTS])
+        return cls._from_paths(paths[CONFIG], paths[WEIGHTS], **unknown)
 
     @classmethod
-    def _from_paths(cls: type[T], settings: Path, weights: Path) -> T:
+    def _from_paths(cls: type[T], settings: Path, weights: Path, mapped: bool = False) -> T:
         """What is wrong in itself is named first; then a change that leaves all well-formed."""
         config = load_json(settings, dict)
         sha256 = config.get("sha256", "")
@@ -174,7 +181,7 @@ class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-opt
                 f'{settings} has "sha256": {shown(sha256)}, expected the 64 hexadecimal digits of {WEIGHTS}; restore '
                 "both files from one source"
             )
-        tensors = load_tensors(weights, sha256=sha256 or None)
+        tensors = (map_tensors if mapped else load_tensors)(weights, sha256=sha256 or None)
         rest = {key: value for key, value in config.items() if key not in ("sha256", CHECKSUM)}
         made = cls.from_files(rest, tensors, where=str(settings.parent))
         check_finite(settings, config)

@@ -1,20 +1,22 @@
-"""Safetensors files that are read in pieces: a piece is in memory, never the file."""
+"""Safetensors files that are read in pieces, or are views of the file: a piece is in memory, never the file."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
+import mmap
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from .files import CHUNK, changed_content, naming, read_header, unsealed
+from .files import CHUNK, changed_content, naming, open_tensors, read_header, read_tensor, unsealed
 
 #: Dtypes by their names in the format.
 FLOATS_BY_NAME = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_MAPPED = {**FLOATS_BY_NAME, "I8": torch.int8, "U8": torch.uint8}
 
 
 class TensorFile:
@@ -88,6 +90,20 @@ class TensorFile:
             return torch.empty(last - first, *shape[1:], dtype=dtype)
         return torch.frombuffer(buffer, dtype=dtype).view((last - first, *shape[1:]) if shape else ())
 
+    def mapped(self) -> dict[str, torch.Tensor]:
+        """Returns the tensors of F16, BF16, F32, F64, I8 and U8 as views of the file; see [`map_tensors`]."""
+        views, memory = {}, mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        for name in self._entries:
+            if (dtype := _MAPPED.get(self.dtype(name))) is None:
+                continue
+            shape, place = self.shape(name), self._data + self.place(name)
+            if count := math.prod(shape):
+                view = torch.frombuffer(memory, dtype=dtype, count=count, offset=place)
+                views[name] = (view if place % dtype.itemsize == 0 else view.clone()).view(shape)
+            else:
+                views[name] = torch.empty(shape, dtype=dtype)
+        return views
+
     def check(self) -> None:
         """Raises `ValueError` where the content is not what was saved; reads what was not read for it yet."""
         self._sum_to(self.path.stat().st_size)
@@ -100,3 +116,20 @@ class TensorFile:
         while self._summed < stop and (chunk := self._file.read(min(CHUNK, stop - self._summed))):
             self._sum.update(chunk)
             self._summed += len(chunk)
+
+
+def map_tensors(path: str | Path, *, sha256: str | None = None) -> dict[str, torch.Tensor]:
+    """Returns all tensors of a safetensors file by name, those of floats and bytes as views of it.
+
+    What is read of a view comes into memory, and the system may drop it again. What is written to one stays in this
+    process: the file is never changed. Nobody else may change it in place, or cut it, while views are used; another
+    file in its place (as `save_pretrained` puts it) does not matter. Tensors that do not begin at a multiple of their
+    numbers' bytes, which no file of ours has, are copied.
+
+    Args:
+        path (`str` or `Path`): The file.
+        sha256 (`str`, *optional*): As of [`open_tensors`], which raises what this raises.
+    """
+    with open_tensors(path, sha256=sha256) as known, TensorFile(path) as file:
+        views = file.mapped()
+        return {name: views[name] if name in views else read_tensor(path, known, name) for name in known.keys()}

@@ -4,6 +4,7 @@
 - `basis`: what every basis does: `project` a gradient, `lift` a step;  `dense`, `random`, `identity`: the directions
 - `compiled`: the two for all parameters in one call, by `columns.cpp` on a CPU and `triton_columns` on CUDA
 - `quantized`, `thin`, `tucker`, `factors`: directions of few bits, or that share factors, and their fits
+- `host`: directions that stay in host memory, or in their file, and go to a device in pieces
 - `storage`: bytes of each storage, and which fits
 - `trajectory`, `fit`: recorded snapshots, and their principal directions
 - `stored`: what a saved basis says of its layout

@@ -11,13 +11,14 @@ import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from ..foundation.checked import shown
 from ..foundation.hub import HubFiles
-from . import compiled
+from . import compiled, host
 from .layout import Layout
 
 # Columns handled at a time: what a bf16 weight costs as an fp32 temporary.
@@ -67,9 +68,13 @@ class Basis(HubFiles):
         start (`torch.Tensor` of shape `(2, k, 16)`, *optional*): [`start_sample`] of the k parameters at the first and
             at the last snapshot of the trajectory that a basis was fitted to; None where that is not known. No part of
             the fingerprint.
+        stays_on_host (`bool`): Whether `to` leaves the directions on the host; see [`Basis.on_host`].
     """
 
     kind: str
+    reads = frozenset({"mapped"})
+    may_stay_on_host = False
+    stays_on_host = False
     start: torch.Tensor | None = None
     _kinds: dict[str, type[Basis]] = {}
 
@@ -148,6 +153,17 @@ class Basis(HubFiles):
     @abstractmethod
     def to(self: B, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> B:
         """Returns the basis on another device or in another storage dtype."""
+
+    def on_host(self: B) -> B:
+        """Returns the basis with its directions in host memory, pinned where there is CUDA, whatever `to` says.
+
+        `to` then moves the units; all methods copy the directions in pieces, of which under 64 MB are on the device
+        at a time. This basis' own memory is free once nothing holds it. Torch rounds pinned memory up to powers of 2.
+
+        Raises:
+            `ValueError`: it is neither a dense basis nor a quantized one.
+        """
+        return host.on_host(self)
 
     @abstractmethod
     def with_units(self: B, units: str) -> B:
@@ -329,6 +345,19 @@ class Basis(HubFiles):
             "spans": [list(span) for span in self.spans],
             "provenance": self.provenance,
         }
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls: type[B], pretrained_model_name_or_path: str | Path, *, mapped: bool = False, **where: Any
+    ) -> B:
+        """As [`HubFiles.from_pretrained`], with its further arguments.
+
+        Args:
+            mapped (`bool`, *optional*, defaults to `False`): As [`Basis.on_host`], but directions stay in the file
+                and are read there at each use. Nobody may change it in place meanwhile.
+        """
+        made = super().from_pretrained(pretrained_model_name_or_path, mapped=mapped, **where)
+        return host.stays(made) if mapped else made
 
     @classmethod
     def from_files(cls: type[B], config: dict[str, Any], tensors: dict[str, torch.Tensor], where: str) -> B:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from ..foundation.checked import FLOATS, check_float, check_integer
+from ..foundation.checked import FLOATS, check_integer
 from ..foundation.hub import take
 from .basis import Basis, check_start
 from .compiled import Stored
+from .host import apart, in_host_memory, pieces, widths
 from .layout import Layout
-from .stored import check_names, stored_layout, stored_spans
+from .stored import check_directions, check_names, stored_layout, stored_spans
 
 # Columns handled at a time where they are converted or generated: the fp32 copy stays in the cache.
 _CONVERTED_COLUMNS = {"cpu": 1 << 14, "cuda": 1 << 17}
@@ -49,6 +50,7 @@ class DenseBasis(Basis):
     """
 
     kind = "dense"
+    may_stay_on_host = True
 
     def __init__(
         self,
@@ -106,31 +108,51 @@ class DenseBasis(Basis):
 
     def stored(self) -> Stored | None:
         names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-        return Stored(names[self.dtype], self._matrices) if self.dtype in names else None
+        if self.dtype not in names or apart(self._matrices[0], self.device):
+            return None
+        return Stored(names[self.dtype], self._matrices)
 
     def _columns(self, index: int, width: int) -> Iterator[tuple[int, int, torch.Tensor]]:
         matrix, compute = self._matrices[index], self.compute_dtype
+        if apart(matrix, self.device):
+            yield from self._copied_columns(matrix, width)
+            return
         if matrix.dtype != compute:
             width = _CONVERTED_COLUMNS.get(matrix.device.type, width)
         for start in range(0, matrix.shape[1], width):
             stop = min(start + width, matrix.shape[1])
             yield start, stop, matrix[:, start:stop].to(compute)
 
+    def _copied_columns(self, matrix: torch.Tensor, width: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """As `_columns`, of a matrix on the host."""
+        (rows, numel), compute = matrix.shape, self.compute_dtype
+        piece, converted = widths(rows, matrix.itemsize, compute.itemsize)
+        for first, last, parts in pieces(numel, min(width, piece), lambda a, b: (matrix[:, a:b],), self.device):
+            step = last - first if matrix.dtype == compute else converted
+            for start in range(first, last, step):
+                stop = min(start + step, last)
+                yield start, stop, parts[0][:, start - first : stop - first].to(compute)
+            del parts  # before the next piece is begun
+
+    def _like(self, matrices: Sequence[torch.Tensor], units: torch.Tensor, natural: torch.Tensor) -> DenseBasis:
+        made = DenseBasis(self.layout, matrices, units, natural, self.spans, self.provenance, start=self.start)
+        made.stays_on_host = self.stays_on_host
+        return made
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> DenseBasis:
         compute = self.compute_dtype if dtype is None else torch.promote_types(torch.float32, dtype)
-        return DenseBasis(
-            self.layout,
-            [matrix.to(device=device, dtype=dtype) for matrix in self._matrices],
-            self.units.to(device=device, dtype=compute),
-            self.natural_units.to(device=device, dtype=compute),
-            self.spans,
-            self.provenance,
-            start=self.start,
-        )
+        there = None if self.stays_on_host else device
+        matrices = [matrix.to(device=there, dtype=dtype) for matrix in self._matrices]
+        if self.stays_on_host and matrices[0].dtype != self.dtype:
+            matrices = in_host_memory(matrices)
+        units, natural = (u.to(device=device, dtype=compute) for u in (self.units, self.natural_units))
+        return self._like(matrices, units, natural)
+
+    def _in_host_memory(self) -> DenseBasis:
+        return self._like(in_host_memory(self._matrices), self.units, self.natural_units)
 
     def with_units(self, units: str) -> DenseBasis:
-        wanted, natural = self._units_named(units), self.natural_units
-        return DenseBasis(self.layout, self._matrices, wanted, natural, self.spans, self.provenance, start=self.start)
+        return self._like(self._matrices, self._units_named(units), self.natural_units)
 
     def to_files(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         tensors = {f"basis.{name}": matrix for name, matrix in zip(self.layout.names, self._matrices, strict=True)}
@@ -146,7 +168,7 @@ class DenseBasis(Basis):
         expected = {f"basis.{name}" for name in layout.names} | {"units", "natural_units"}
         check_names(tensors, expected, {"start"}, where)
         for name, tensor in tensors.items():
-            check_float(tensor, f"{name!r} in {where}")
+            check_directions(tensor, f"{name!r} in {where}")
         if tensors["units"].numel() != config["dim"]:
             raise ValueError(f"{where}: config.json says dim {config['dim']}, the file has {tensors['units'].numel()}")
         matrices = [tensors[f"basis.{name}"] for name in layout.names]

@@ -223,7 +223,7 @@ def _taken(
     if budget_bytes is not None and needed > budget_bytes:
         raise ValueError(
             f"{storage} takes {needed:,} bytes, and budget_bytes is {budget_bytes:,}; choose "
-            'storage="auto", a smaller dim, or more bytes'
+            'storage="auto", a smaller dim, more bytes, or no budget and basis.on_host()'
         )
     return storage, Ranks(), said
 
@@ -286,7 +286,7 @@ def fit_basis(
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Storage dtype of the directions.
         storage (`str`, *optional*, defaults to that of `dtype`): `"fp32"`, `"bf16"`, `"int8"`, `"int4"`, `"tucker"`,
             or `"auto"`: the first of them that fits in `budget_bytes`.
-        budget_bytes (`int`, *optional*): The most bytes of the basis; Tucker's ranks are chosen by it.
+        budget_bytes (`int`, *optional*): The most bytes of the basis on the device; Tucker's ranks are chosen by it.
         steps (`list[int]`, *optional*, defaults to all): Which snapshots to use.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where the products are computed; it must
             know float64. A block of the trajectory at a time is there. The basis is returned on the CPU.

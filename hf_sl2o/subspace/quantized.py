@@ -17,8 +17,9 @@ from ..foundation.hub import take
 from .basis import Basis, check_start
 from .compiled import Stored
 from .dense import DenseBasis
+from .host import apart, in_host_memory, pieces, widths
 from .layout import Layout
-from .stored import check_names, stored_layout, stored_spans
+from .stored import CHECKED_COLUMNS, check_directions, check_names, stored_layout, stored_spans
 
 #: Columns that share a scale.
 BLOCK = 128
@@ -135,6 +136,7 @@ class QuantizedBasis(Basis):
     """
 
     kind = "quantized"
+    may_stay_on_host = True
 
     def __init__(
         self,
@@ -226,7 +228,7 @@ class QuantizedBasis(Basis):
         return f"{super().fingerprint}-{self.bits}-{digest_of(self.mix, *self._codes, *self._scales)}"
 
     def stored(self) -> Stored | None:
-        return Stored(f"int{self.bits}", self._codes, self._scales)
+        return None if apart(self._codes[0], self.device) else Stored(f"int{self.bits}", self._codes, self._scales)
 
     def from_products(self, raw: torch.Tensor) -> torch.Tensor:
         return (self.mix @ raw) * self.units
@@ -239,10 +241,28 @@ class QuantizedBasis(Basis):
         return dequantize(self._codes[index], self._scales[index], self.bits, start, stop)
 
     def _columns(self, index: int, width: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        if apart(self._codes[index], self.device):
+            yield from self._copied_columns(index)
+            return
         numel, width = self.layout.numels[index], _CONVERTED_COLUMNS.get(self.device.type, width)
         for start in range(0, numel, width):
             stop = min(start + width, numel)
             yield start, stop, self.rounded(index, start, stop)
+
+    def _copied_columns(self, index: int) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """As `_columns`, of codes and scales on the host."""
+        codes, scales, numel, two = self._codes[index], self._scales[index], self.layout.numels[index], self.bits == 4
+
+        def cut(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+            of_codes = codes[:, start // 2 : (stop + 1) // 2] if two else codes[:, start:stop]
+            return of_codes, scales[:, start // BLOCK : -(-stop // BLOCK)]
+
+        piece, step = widths(len(codes), self.bits / 8, 4)
+        for first, last, parts in pieces(numel, piece, cut, self.device):
+            for start in range(first, last, step):
+                stop = min(start + step, last)
+                yield start, stop, dequantize(parts[0], parts[1], self.bits, start - first, stop - first)
+            del parts  # before the next piece is begun
 
     def matrix(self, index: int) -> torch.Tensor:
         first, last = self.spans[index]
@@ -254,17 +274,31 @@ class QuantizedBasis(Basis):
                 f"a basis of {self.bits} bits a number cannot be stored in {dtype}; fit or load a dense one, and call "
                 "its `to(dtype=...)`"
             )
-        return QuantizedBasis(
-            self.layout, [t.to(device) for t in self._codes], [t.to(device) for t in self._scales],
-            self.mix.to(device), self.units.to(device), self.natural_units.to(device), self.spans, self.provenance,
-            start=self.start,
-        )  # fmt: skip
+        there = None if self.stays_on_host else device
+        codes, scales = ([t.to(there) for t in tensors] for tensors in (self._codes, self._scales))
+        mix, units, natural = (t.to(device) for t in (self.mix, self.units, self.natural_units))
+        return self._like(codes, scales, mix, units, natural)
+
+    def _in_host_memory(self) -> QuantizedBasis:
+        codes, scales = in_host_memory(self._codes), in_host_memory(self._scales)
+        return self._like(codes, scales, self.mix, self.units, self.natural_units)
 
     def with_units(self, units: str) -> QuantizedBasis:
-        return QuantizedBasis(
-            self.layout, self._codes, self._scales, self.mix, self._units_named(units), self.natural_units, self.spans,
-            self.provenance, start=self.start,
-        )  # fmt: skip
+        return self._like(self._codes, self._scales, self.mix, self._units_named(units), self.natural_units)
+
+    def _like(
+        self,
+        codes: Sequence[torch.Tensor],
+        scales: Sequence[torch.Tensor],
+        mix: torch.Tensor,
+        units: torch.Tensor,
+        natural: torch.Tensor,
+    ) -> QuantizedBasis:
+        made = QuantizedBasis(
+            self.layout, codes, scales, mix, units, natural, self.spans, self.provenance, start=self.start
+        )
+        made.stays_on_host = self.stays_on_host
+        return made
 
     def to_files(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         tensors = {"mix": self.mix, "units": self.units.clone(), "natural_units": self.natural_units}
@@ -324,10 +358,10 @@ def stored_units(tensors: dict[str, torch.Tensor], dim: int, where: str) -> tupl
 def check_codes(layout: Layout, codes: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], where: str) -> None:
     """Raises `ValueError` where a code or a scale is none that [`quantize`] makes."""
     for name, code, scale in zip(layout.names, codes, scales, strict=True):
-        for row in code:
+        for row in (part for whole in code for part in whole.reshape(-1).split(CHECKED_COLUMNS)):
             low = bool((row == -128).any()) if code.dtype == torch.int8 else False
             if low or (code.dtype == torch.uint8 and bool((((row & 15) == 0) | ((row >> 4) == 0)).any())):
                 raise ValueError(f"the codes of {name!r} in {where} are out of range; restore it from its source")
-        check_float(scale, f"'scales.{name}' in {where}")
+        check_directions(scale, f"'scales.{name}' in {where}")
         if bool((scale < 0).any()):
             raise ValueError(f"'scales.{name}' in {where} is negative; restore it from its source")

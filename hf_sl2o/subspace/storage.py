@@ -158,7 +158,7 @@ def _rounded_bytes(numel: int, rows: int, bits: int) -> int:
 def choose_storage(
     layout: Layout, dim: int, budget_bytes: int | None, *, spans: Sequence[tuple[int, int]] | None = None
 ) -> tuple[str, str]:
-    """Returns the most exact storage that fits in a budget, and why it was taken, in words.
+    """Returns the most exact storage that fits in a budget of the device's bytes, and why it was taken, in words.
 
     Raises:
         `ValueError`: no budget, or one that nothing fits; says the least bytes that are needed.
@@ -179,7 +179,8 @@ def choose_storage(
     least = min(storage_bytes(layout, dim, storage, spans=spans, ranks=_LADDER[-1]) for storage in STORAGES)
     raise ValueError(
         f"budget_bytes is {budget_bytes:,}, and {dim} directions of {layout.n:,} parameters take at least {least:,} "
-        "bytes; give that many, choose a smaller dim, or ask for a RandomBasis, which stores none"
+        "bytes; give that many, choose a smaller dim, ask for a RandomBasis, which stores none, or give no budget and "
+        "leave the directions on the host (basis.on_host(), or Basis.from_pretrained(..., mapped=True))"
     )
 
 
@@ -198,6 +199,6 @@ def ranks_within(
         if size <= budget_bytes:
             return ranks
     raise ValueError(
-        f"budget_bytes is {budget_bytes:,}, and Tucker takes at least {min(sizes):,} bytes; give that many, or choose "
-        "a smaller dim"
+        f"budget_bytes is {budget_bytes:,}, and Tucker takes at least {min(sizes):,} bytes; give that many, choose a "
+        "smaller dim, or take another storage without a budget and leave it on the host (basis.on_host())"
     )

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
-from ..foundation.checked import shown
+from ..foundation.checked import check_float, shown
 from .layout import Layout
 
 # The most scalars of a model: what is counted of them fits in 64 bits.
 _MOST = 1 << 48
+# Columns that are checked at a time: tensors may be views of a file that memory does not hold.
+CHECKED_COLUMNS = 1 << 20
 
 
 def stored_layout(data: Any, where: str) -> Layout:
@@ -56,6 +58,12 @@ def check_names(found: dict[str, torch.Tensor], expected: set[str], optional: se
     if different := sorted((set(found) ^ expected) - optional):
         state = "lacks" if different[0] in expected else "has an unknown"
         raise ValueError(f"model.safetensors in {where} {state} tensor {different[0]!r}; restore it from its source")
+
+
+def check_directions(tensor: torch.Tensor, what: str) -> None:
+    """Raises `ValueError` unless `tensor` is of floats, and finite ones; of a large one some columns at a time."""
+    for part in torch.atleast_1d(tensor).split(CHECKED_COLUMNS, dim=-1):
+        check_float(part, what)
 
 
 def _is_shape(data: Any) -> bool:
