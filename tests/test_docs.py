@@ -197,15 +197,6 @@ def test_links_to_headings_lead_somewhere():
             assert heading in slugs(target.read_text(encoding="utf-8")), (page, heading)
 
 
-def test_accelerate_configs_load():
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    wanted = {"cpu": "no", "single_gpu": "bf16", "multi_gpu": "bf16"}
-    for name, precision in wanted.items():
-        config = load_config_from_file(str(ROOT / "accelerate_configs" / f"{name}.yaml"))
-        assert config.mixed_precision == precision and config.use_cpu == (name == "cpu")
-
-
 def test_versions_agree():
     assert f'version = "{hf_sl2o.__version__}"' in (ROOT / "pyproject.toml").read_text()
     assert f"## {hf_sl2o.__version__}" in (ROOT / "CHANGELOG.md").read_text()

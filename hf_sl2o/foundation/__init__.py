@@ -5,7 +5,7 @@
 - `checked`: numbers, flags and tensors from a file or a user, refused in words
 - `hub`: `save_pretrained`, `from_pretrained`, `push_to_hub` of rules and bases
 - `native`: C++ loops, compiled at their first use
-- `ranks`: whether all processes of a run were started alike
+- `ranks`: whether all processes of a run were started alike;  `watch`: which one is missing, after a failed collective
 
 It may import nothing of hf_sl2o.
 """

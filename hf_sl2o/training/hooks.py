@@ -12,8 +12,9 @@
     ever.
 `Trainer._run_epoch`
     Leaves a finished run as it is; lets the optimizer listen to forward passes, and publishes the average where an
-    epoch ends by an exception. Without: resuming a finished run takes a step too many; Ctrl-C between a forward pass
-    and the end of its step leaves the weights at the last step instead of the average.
+    epoch ends by an exception; with several processes says which rank is missing where a collective fails. Without:
+    resuming a finished run takes a step too many; Ctrl-C between a forward pass and the end of its step leaves the
+    weights at the last step instead of the average; torch names an address instead of a rank, often a wrong one.
 `Trainer._clip_grad_norm`
     Leaves clipping to an optimizer that clips the projected gradient. Without: the n-sized gradient is clipped too,
     mostly by far more.
@@ -40,6 +41,7 @@ from torch.optim import Optimizer
 from transformers import trainer
 
 from ..foundation.ranks import check_same_on_all_ranks
+from ..foundation.watch import watched_ranks
 from ..optim import LearnedOptimizer, SubspaceOptimizer, send_nothing
 from .arguments import check_optim_args
 from .batch_norm import BatchNormCallback, has_running_statistics
@@ -86,7 +88,8 @@ def _run_epoch(self: trainer.Trainer, *args: Any, **kwargs: Any) -> Any:
         return None
     optimizer.listens = True
     try:
-        return _theirs["_run_epoch"](self, *args, **kwargs)
+        with watched_ranks(self.args.ddp_timeout):
+            return _theirs["_run_epoch"](self, *args, **kwargs)
     finally:
         optimizer.listens = False  # to forward passes of another Trainer
         optimizer.publish()
