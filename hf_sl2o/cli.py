@@ -201,7 +201,7 @@ def _notes(full: Model, adapter: Model | None, rank: int) -> list[str]:
         "ones what was rounded off; the average that rule `default` has adds one copy of fp32 weights, two of bf16. "
         "DDP's buckets are a copy of all gradients; streamed ones need none.",
         "Under FSDP2 a rank holds its share, the parameters outside all layers, and two layers. The basis is cut as "
-        "the weights are. Today SL2O refuses FSDP2: its rows there say what it would cost.",
+        "the weights are; FSDP2 takes no Tucker basis, and no rule without a basis.",
         f"Step = max(compute, wire) + optimizer. Compute: 6 operations a number and token (4 where it is frozen), at "
         f"{UTILISATION:.0%} of the peak. Optimizer: AdamW moves 28 bytes a number, SL2O reads U twice. Wire: a ring, "
         "over the network beyond 8. A random basis is made by one thread of the host, twice a step.",

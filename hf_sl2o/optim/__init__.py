@@ -2,8 +2,8 @@
 
 - `learned`: a rule over tensors, such as LoRA factors or coefficients
 - `subspace`: any torch optimizer over the d coefficients of a basis
-- `_streaming`: gradients that are projected as backward makes them
-- `_piece`, `_kept`, `_inner`, `_weights`, `_two_points`, `_state`, `_common`: their parts
+- `_streaming`, `_sharded_streaming`: gradients that are projected as backward makes them
+- `_piece`, `_kept`, `_gradients`, `_sharding`, `_inner`, `_weights`, `_two_points`, `_state`, `_common`: their parts
 
 It may import `rules`, `subspace` and `foundation`, and torch; no transformers.
 """

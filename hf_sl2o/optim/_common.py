@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..subspace.shards import is_sharded, own_part
+
 logger = logging.getLogger(__name__)
 
 _MAX_SKIPPED_IN_A_ROW = 3
@@ -68,6 +70,23 @@ def check_one_device(params: Sequence[torch.Tensor]) -> None:
         )
 
 
+def refuse_meta(params: Iterable[torch.Tensor]) -> None:
+    if any(p.is_meta for p in params):
+        raise ValueError(
+            "a parameter is on the meta device, so it has no values yet, and is another one when it is made; make "
+            "the model first (to_empty and load_state_dict, or from_pretrained), then its optimizer"
+        )
+
+
+def refuse_sharded(params: Iterable[torch.Tensor]) -> None:
+    """Raises `NotImplementedError` for parameters of FSDP2: a rule without a basis computes over whole tensors."""
+    if is_sharded(params):
+        raise NotImplementedError(
+            "the parameters are sharded (FSDP2), and a learned rule without a basis looks at whole tensors; move them "
+            "in a basis (SubspaceOptimizer, sl2o_basis=...), or train with DDP"
+        )
+
+
 # Gradients that are not finite
 
 
@@ -118,8 +137,12 @@ class NonFiniteGuard:
 
 
 def is_finite(gradients: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Whether all are finite, and their squares add up to a finite number, which second moments need: 0-d, bool."""
-    dense = [real(gradient.coalesce().values() if gradient.is_sparse else gradient) for gradient in gradients]
+    """Whether all are finite, and their squares add up to a finite number, which second moments need: 0-d, bool.
+
+    Of sharded ones, of the parts that are here.
+    """
+    parts = map(own_part, gradients)
+    dense = [real(gradient.coalesce().values() if gradient.is_sparse else gradient) for gradient in parts]
     device = dense[0].device
     norms = [torch.linalg.vector_norm(gradient, dtype=_at_least_fp32(gradient)).to(device) for gradient in dense]
     return torch.stack(norms).square().isfinite().all()
@@ -153,7 +176,8 @@ class GuardedStep:
         if first and not bool(finite):
             return False
         tensors = [value for p in params for value in state[p].values() if torch.is_tensor(value)]
-        before = [(tensor, tensor.detach().clone()) for tensor in (*params, *tensors)]
+        parts = [own_part(tensor) for tensor in (*params, *tensors)]
+        before = [(part, part.detach().clone()) for part in parts]
         self.optimizer.step()
         for tensor, value in before:
             tensor.detach().copy_(torch.where(finite.to(value.device), tensor, value))

@@ -10,16 +10,17 @@ from torch.optim import Optimizer
 
 from ..subspace import Basis
 from ._common import GuardedStep, NonFiniteGuard
+from ._sharding import Sharding
 from ._state import check_entry, check_same, check_state, load_keeping_dtypes, warn_of_another_rate
 from ._streaming import Streamer
-from ._two_points import REPLACES, TwoPoints
+from ._two_points import REPLACES
 from ._weights import Weights
 from .learned import LearnedOptimizer
 
 logger = logging.getLogger(__name__)
 
 
-class KeepsCoefficients(TwoPoints):
+class KeepsCoefficients(Sharding):
     """The part of [`SubspaceOptimizer`] that is saved, loaded, copied and moved."""
 
     basis: Basis
@@ -32,8 +33,6 @@ class KeepsCoefficients(TwoPoints):
     _origin: torch.Tensor | None  # (d,) coordinates of theta_0
     _at_average: bool  # where the weights are
     _fresh: bool
-    _streamer: Streamer | None = None  # not copied: the copy of a model is without hooks
-
     _OWN = (
         "basis", "max_grad_norm", "average", "_inner", "_outside", "_delta", "_mean", "_origin", "_at_average",
         "_fresh", "_building",
@@ -54,7 +53,8 @@ class KeepsCoefficients(TwoPoints):
         self._step_inner = GuardedStep(self._inner)
         self._step_outside = None if self._outside is None else GuardedStep(self._outside)
         self._weights = Weights(self.basis, lambda: self.param_groups[0]["params"], two_points=bool(self.average))
-        self._norm = torch.zeros((), dtype=self.basis.compute_dtype, device=self.basis.device)
+        self._weights.before_move = self._reshard
+        self._norm = torch.zeros((), dtype=self.basis.compute_dtype, device=self._c.device)
         self._from_last = self._told_frozen = False
         self._same: torch.Tensor | None = None  # 0-d, on a GPU: whether all weights were as written, as far as read
 
@@ -73,7 +73,9 @@ class KeepsCoefficients(TwoPoints):
             self._streamer.close()
 
     def _follow(self) -> None:
-        """A model may be moved after its optimizer was made (`Accelerator.prepare`): what is kept here follows."""
+        """A model may be moved or sharded after its optimizer was made (`Accelerator.prepare`): what is kept here
+        follows."""
+        self._follow_shards()
         device = self.param_groups[0]["params"][0].device
         if self._c.device != device:
             self._to(device)
@@ -132,7 +134,7 @@ class KeepsCoefficients(TwoPoints):
         self._follow()
         self._weights.forget()
         params = self.param_groups[0]["params"]
-        first = self.state[params[0]]
+        first = self.state.get(params[0], {})  # an entry that is empty would be one to torch.distributed.checkpoint
         inner_state = {}
         if first:
             self._fresh = False

@@ -21,7 +21,7 @@ from ..subspace import Basis
 from ._common import refuse_sparse
 
 # The streamer of each parameter: of two over one model, the later one gets the gradients.
-_OF = WeakIdKeyDictionary()  # weak references to streamers
+OF = WeakIdKeyDictionary()  # weak references to streamers
 
 
 class Streamer:
@@ -49,27 +49,26 @@ class Streamer:
             self.carrier.grad_dtype = torch.float32
         self._node = torch.autograd.graph.get_gradient_edge(self.carrier).node
         for p in self._params:
-            if (known := _OF.get(p)) is not None and (other := known()) is not None:
+            if (known := OF.get(p)) is not None and (other := known()) is not None:
                 other.close()
         itself = weakref.ref(self)
         for p in self._params:
-            _OF[p] = itself
+            OF[p] = itself
         self._handles: list[Any] = [
-            p.register_post_accumulate_grad_hook(_Project(itself, index))
+            p.register_post_accumulate_grad_hook(Project(itself, index))
             for index, p in enumerate(self._params)
             if p is not self.carrier
         ]
         self._handles += [
             self.carrier.register_hook(_ProjectCarrier(itself)),
-            model.register_forward_pre_hook(_BeforeForward(itself)),
+            model.register_forward_pre_hook(BeforeForward(itself)),
         ]
-        weakref.finalize(self, _remove, self._handles)
+        weakref.finalize(self, remove, self._handles)
         _leave_to_us(model, self._params, self.carrier)
-        self.begin_alike()
 
     def close(self) -> None:
         """Takes the hooks away: gradients are again left where backward puts them."""
-        _remove(self._handles)
+        remove(self._handles)
 
     # What the hooks do
 
@@ -112,6 +111,9 @@ class Streamer:
     def before_forward(self) -> None:
         """Sums of a backward pass that did not end (out of memory) are forgotten."""
         self._pending.clear()
+        self._basis()  # where the parameters were sharded since, another streamer takes over
+        if not self._handles:
+            return
         if not self._same_start:
             self.begin_alike()
 
@@ -150,7 +152,7 @@ def _mean(values: torch.Tensor) -> torch.Tensor:
     return total / dist.get_world_size()
 
 
-def _remove(handles: list[Any]) -> None:
+def remove(handles: list[Any]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
@@ -159,25 +161,25 @@ def _remove(handles: list[Any]) -> None:
 # Hooks hold their streamer weakly: it may go while the model stays, and a copy of the model is without them.
 
 
-class _Hook:
+class Hook:
     def __init__(self, of: Callable[[], Streamer | None] = lambda: None, index: int = 0) -> None:
         self.of, self.index = of, index
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
         return type(self)()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
 
-class _Project(_Hook):
+class Project(Hook):
     def __call__(self, p: torch.Tensor) -> None:
         if (streamer := self.of()) is not None and p.grad is not None:
             streamer.add(self.index, p.grad)
             p.grad = None
 
 
-class _ProjectCarrier(_Hook):
+class _ProjectCarrier(Hook):
     """Of the carrier's own gradient, before it is added to what the carrier holds."""
 
     def __call__(self, gradient: torch.Tensor) -> torch.Tensor | None:
@@ -188,7 +190,7 @@ class _ProjectCarrier(_Hook):
         return torch.zeros_like(gradient, memory_format=torch.contiguous_format)
 
 
-class _BeforeForward(_Hook):
+class BeforeForward(Hook):
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not torch.compiler.is_compiling():
             self._go()

@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
+
+from ..subspace.shards import is_sharded, own_part
 
 #: A change of the weights by this share of them, and further than from one point to the other, replaces them.
 REPLACES = 0.05
@@ -26,7 +29,18 @@ HINT = (
 
 def parameters_of(params: Any) -> tuple[Any, nn.Module | None]:
     """Returns what an optimizer takes, named parameters of a model, and the model if one was given."""
-    return (params.named_parameters(), params) if isinstance(params, nn.Module) else (params, None)
+    if not isinstance(params, nn.Module):
+        return params, None
+    reshard(params)
+    return params.named_parameters(), params
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees what FSDP2 has gathered of a model: it leaves some of it after an evaluation, which then stays as it was
+    when the weights move, and stands in the place of the parameters."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 class _Hook:
@@ -115,6 +129,7 @@ class TwoPoints(Optimizer):
     _asked = False  # whether somebody, not a forward pass, went to the last step since the last one was made
     _shown: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # weights of the last step, while others are shown
     average: float
+    _model: Callable[[], nn.Module | None] = staticmethod(lambda: None)  # weak
 
     def use_last(self) -> None:
         raise NotImplementedError
@@ -139,6 +154,8 @@ class TwoPoints(Optimizer):
         Nothing to do without an average, or if it is known. Another one of ours over the same weights lets go of it;
         before an optimizer that is not ours takes over in a loop, call `detach`.
         """
+        self._model = weakref.ref(model)
+        self._follow()
         if not self.average or self._attached:
             return
         ours = {id(p) for group in self.param_groups for p in group["params"]}
@@ -147,13 +164,29 @@ class TwoPoints(Optimizer):
             if ours & {id(p) for group in other.param_groups for p in group["params"]}:
                 other.detach()
         _ATTACHED[model] = [weakref.ref(other) for other in (*others, self) if other is self or other._attached]
-        self._handles = [
-            model.register_forward_pre_hook(_BeforeForward(self)),
+        self._handles = []
+        self._hook(model)
+        weakref.finalize(self, _remove, self._handles)
+        self._attached = True
+
+    def _hook(self, model: nn.Module) -> None:
+        """Puts hooks on the model in the place of those that are there.
+
+        FSDP2 gathers weights in a hook before the forward pass: ours, which moves them, has to come before it.
+        """
+        _remove(self._handles)
+        first = is_sharded(p for group in self.param_groups for p in group["params"])
+        self._handles[:] = [
+            model.register_forward_pre_hook(_BeforeForward(self), prepend=first),
             model.register_forward_hook(_AfterForward(self), always_call=True),
             model.register_state_dict_post_hook(_Published(self)),
         ]
-        weakref.finalize(self, _remove, self._handles)
-        self._attached = True
+
+    def _follow(self) -> None:
+        raise NotImplementedError
+
+    def _reshard(self) -> None:
+        """Before the weights move: sharded ones that were gathered go."""
 
     def detach(self) -> None:
         """Lets go of the model, whose weights stay at the average."""
@@ -176,14 +209,18 @@ class TwoPoints(Optimizer):
         """
         published = self.published() if self._shown is None else {}
         params = [p for group in self.param_groups for p in group["params"] if id(p) in published]
-        self._shown = [(p, p.data.clone()) for p in params] or None
+        self._shown = [(p, own_part(p).data.clone()) for p in params] or None
+        if params:
+            self._reshard()
         for p in params:
-            p.data.copy_(published[id(p)])
+            own_part(p).data.copy_(own_part(published[id(p)]))
 
     @torch.no_grad()
     def end_show(self) -> None:
+        if self._shown:
+            self._reshard()
         for p, last in self._shown or ():
-            p.data.copy_(last)
+            own_part(p).data.copy_(last)
         self._shown = None
 
 

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..subspace import Basis
+from ..subspace.sharded import ShardedBasis
+from ..subspace.shards import Shards, own_part
 from ._common import trains
 
 # Numbers that are summed apart: no matrix has rows of a multiple of them.
@@ -35,6 +38,9 @@ class _Follower:
 class Weights:
     """Moves parameters along a basis, between the last step and the published point.
 
+    Of sharded parameters each process moves its own parts. What they decide together goes through all of them:
+    `change`, `norm`, `changed` and `as_written` are called by all processes, or by none.
+
     Args:
         basis ([`Basis`]): On the parameters' device.
         params (`Callable`): Returns the parameters, in the order of the basis; they are read at each call.
@@ -46,6 +52,17 @@ class Weights:
         self.followers: list[_Follower] | None = None
         self._seen: list[tuple[int, int, torch.device]] | None = None  # what the weights were when written
         self._sums: torch.Tensor | None = None
+        #: Called before weights are moved that others may hold copies of.
+        self.before_move: Callable[[], None] = lambda: None
+
+    @property
+    def _shards(self) -> Shards | None:
+        return self.basis.shards if isinstance(self.basis, ShardedBasis) else None
+
+    def _parts(self) -> Sequence[torch.Tensor]:
+        """The parameters, or the parts of them that are here."""
+        params = self.params()
+        return params if self._shards is None else [own_part(p) for p in params]
 
     def to(self, device: torch.device) -> None:
         """Moves what is kept to where the weights are."""
@@ -66,13 +83,13 @@ class Weights:
         self._seen = self._sums = None
 
     def _each(self) -> list[tuple[int, torch.Tensor, torch.Tensor, _Follower]]:
-        """(index, parameter, its flat weights, what is kept) of those that are trained."""
-        params = self.params()
+        """(index, parameter or part, its flat weights, what is kept) of those that are trained."""
+        params, parts = self.params(), self._parts()
         if self.followers is None:
             self.followers = [_Follower() for _ in params]
         each = []
-        for index, (p, follower) in enumerate(zip(params, self.followers, strict=True)):
-            if trains(p) and p.numel():
+        for index, (whole, p, follower) in enumerate(zip(params, parts, self.followers, strict=True)):
+            if trains(whole) and p.numel():
                 flat = p.detach().reshape(-1)  # a copy where the memory is not contiguous
                 if self._is_rounded(p) and follower.rounded_off is None:
                     follower.rounded_off = torch.zeros_like(flat)
@@ -90,6 +107,7 @@ class Weights:
 
     def move(self, delta: torch.Tensor) -> None:
         """theta = theta + lift(delta), delta of shape (d,)."""
+        self.before_move()
         params = self.params()
         if all(trains(p) and not self._is_rounded(p) for p in params):
             self.basis.add_(params, delta)  # in place, no temporary
@@ -125,6 +143,7 @@ class Weights:
             delta, ahead (`torch.Tensor` of shape `(d,)`): How far c has moved; how far it is ahead of the average.
             moved (0-d bool `torch.Tensor`): Where false, the weights go back to the published point that they were at.
         """
+        self.before_move()
         rows = torch.stack([delta, ahead])
         each = self._each()
         if all(follower.rounded_off is None for *_, follower in each) and self._publish_at_once(each, rows, moved):
@@ -192,6 +211,7 @@ class Weights:
 
     def to_published(self, ahead: torch.Tensor) -> None:
         """From the last step's weights to the published ones, `ahead` of shape (d,) behind them, without a step."""
+        self.before_move()
         rows = torch.stack([torch.zeros_like(ahead), ahead])
         for index, p, flat, follower in self._each():
             if follower.rounded_off is not None and follower.exchange is not None:
@@ -213,6 +233,7 @@ class Weights:
 
     def to_last(self, ahead: torch.Tensor) -> None:
         """From the published weights to those of the last step, `ahead` of shape (d,) ahead of them."""
+        self.before_move()
         rows = torch.stack([torch.zeros_like(ahead), ahead])
         for index, p, flat, follower in self._each():
             if follower.rounded_off is not None and follower.exchange is not None:
@@ -235,28 +256,32 @@ class Weights:
         self._remember()
 
     def published(self, ahead: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Copies of the published weights by `id` of their parameter, while these are at the last step."""
-        found = {}
+        """Copies of the published weights by `id` of their parameter, while these are at the last step.
+
+        Of sharded ones a process forms its own parts; where it finds them changed, anew.
+        """
+        found, params = {}, self.params()
+        known = self._shards is None or not self._changed_here()
         for index, p, flat, follower in self._each():
-            if follower.exchange is not None:
+            if follower.exchange is not None and known:
                 weights = follower.exchange[0].clone()
-            elif follower.other is not None:
+            elif follower.other is not None and known:
                 weights = follower.other.clone()
             else:
                 weights = torch.empty_like(flat)
                 for start, stop, lifted in self.basis.lift_rows(index, ahead[None], self._wide(p)):
                     weights[start:stop] = self._exactly(flat, follower, slice(start, stop)) - lifted[0]
-            found[id(p)] = weights.view(p.shape)
+            found[id(params[index])] = like_whole(weights.view(p.shape), params[index])
         return found
 
     # Whether somebody else has changed them
 
     def _remember(self) -> None:
         self._seen = self._versions()
-        self._sums = self._measure(self.params()) if self.two_points else None
+        self._sums = self._measure(self._parts()) if self.two_points else None
 
     def _versions(self) -> list[tuple[int, int, torch.device]]:
-        return [(p.data_ptr(), p._version, p.device) for p in self.params()]
+        return [(p.data_ptr(), p._version, p.device) for p in self._parts()]
 
     @staticmethod
     def _measure(params: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -273,16 +298,27 @@ class Weights:
 
     def change(self) -> torch.Tensor | None:
         """About how far the weights are from where they were written, 0-d; None: not known."""
-        return None if self._sums is None else torch.linalg.vector_norm(self._measure(self.params()) - self._sums)
+        return None if self._sums is None else self._norm_of(self._measure(self._parts()) - self._sums)
 
     def norm(self) -> torch.Tensor:
         """Norm of all weights as they are, 0-d."""
-        norms = [torch.linalg.vector_norm(p.detach(), dtype=self._wide(p)) for p in self.params()]
-        return torch.linalg.vector_norm(torch.stack([one.to(norms[0]) for one in norms]))
+        parts = self._parts()
+        norms = [torch.linalg.vector_norm(part.detach(), dtype=self._wide(part)) for part in parts]
+        return self._norm_of(torch.stack([one.to(norms[0]) for one in norms]))
+
+    def _norm_of(self, of_each: torch.Tensor) -> torch.Tensor:
+        """Norm of numbers of each parameter (first dimension), over all processes."""
+        if self._shards is None:
+            return torch.linalg.vector_norm(of_each)
+        return self._shards.sum_of_each([of_one.square().sum() for of_one in of_each]).sqrt()
 
     def changed(self) -> bool:
         """Whether the weights were replaced or changed in place since they were written, as far as the host
         knows: a change through `.data` shows in `as_written` alone."""
+        here = self._changed_here()
+        return here if self._shards is None else self._shards.any(here)[0]
+
+    def _changed_here(self) -> bool:
         if self._seen is None:
             return False
         now = self._versions()
@@ -292,7 +328,10 @@ class Weights:
 
     def as_written(self) -> torch.Tensor | None:
         """0-d bool, on the device: whether published weights are those that were written; None: not known."""
-        return None if self._sums is None else (self._measure(self.params()) == self._sums).all()
+        if self._sums is None:
+            return None
+        same = (self._measure(self._parts()) == self._sums).all()
+        return same if self._shards is None else self._shards.all(same)
 
     def seen_again(self) -> None:
         """Takes the weights as they are for those that were written."""
@@ -331,6 +370,15 @@ def _exchange(flat: torch.Tensor, follower: _Follower) -> None:
     follower.exchange = (flat.clone(), follower.rounded_off)
     flat.copy_(weights)
     follower.rounded_off = rest
+
+
+def like_whole(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """A part as a `DTensor` like `whole`; as it is where that is none."""
+    if not isinstance(whole, DTensor):
+        return part
+    return DTensor.from_local(
+        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
 
 
 def _write_back(p: torch.Tensor, flat: torch.Tensor) -> None:

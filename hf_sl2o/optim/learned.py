@@ -18,6 +18,8 @@ from ._common import (
     check_one_device,
     is_finite,
     real,
+    refuse_meta,
+    refuse_sharded,
     refuse_sparse,
     trains,
 )
@@ -66,6 +68,7 @@ class LearnedOptimizer(TwoPoints):
         `TypeError`: `rule` is no rule.
         `ValueError`: a number that is NaN, infinite or negative; `betas` outside [0, 1); an `eps` of 0;
             an average beside `differentiable=True`; a parameter on the meta device; a model with nothing to train.
+        `NotImplementedError`: the parameters are sharded (FSDP2).
 
     Example:
 
@@ -169,11 +172,8 @@ class LearnedOptimizer(TwoPoints):
         check_group(whole)
         check_number("eps", whole["eps"], above_zero=True)  # a gradient of zero is divided by it
         super().add_param_group(param_group)
-        if any(p.is_meta for p in self.param_groups[-1]["params"]):
-            raise ValueError(
-                "a parameter is on the meta device, so it has no values yet, and is another one when it is made; make "
-                "the model first (to_empty and load_state_dict, or from_pretrained), then its optimizer"
-            )
+        refuse_sharded(self.param_groups[-1]["params"])
+        refuse_meta(self.param_groups[-1]["params"])
 
     def _shapes(self, p: torch.Tensor) -> list[tuple[int, ...]]:
         return self.tensor_shapes or [tuple(real(p).shape)]
@@ -233,6 +233,7 @@ class LearnedOptimizer(TwoPoints):
         """What is kept of `params` as one; each parameter's own state is a view of it."""
         key = tuple(id(p) for p in params)
         if key not in self._pieces:
+            refuse_sharded(params)
             check_one_device(params)
             for p in params:
                 self._begin(p, group)

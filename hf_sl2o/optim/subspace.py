@@ -6,6 +6,7 @@ n parameters covered, d coefficients c, theta = theta_0 + lift(c), g = project(g
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch.optim import Optimizer
 from ..rules.config import check_average
 from ..rules.rule import Rule
 from ..subspace import Basis
-from ._common import average_weight, check_group, check_number, is_finite, refuse_sparse, trains
-from ._inner import check_inner, check_trainable, warn_of_another_start
-from ._kept import KeepsCoefficients
+from ..subspace.shards import is_sharded
+from ._common import average_weight, check_group, check_number, is_finite, trains
+from ._gradients import ProjectsGradients, clipped
+from ._inner import check_inner, covered_by, warn_of_another_start
+from ._sharded_streaming import ShardedStreamer
 from ._streaming import Streamer
 from ._two_points import HINT, parameters_of
 from .learned import LearnedOptimizer
@@ -27,7 +30,7 @@ logger = logging.getLogger(__name__)
 Inner = Callable[[list[torch.Tensor]], Optimizer]
 
 
-class SubspaceOptimizer(KeepsCoefficients):
+class SubspaceOptimizer(ProjectsGradients):
     """Trains a model by moving the d coefficients of a basis with any torch optimizer or a learned rule.
 
     g = project(gradients); c = inner step on (c, g); theta = theta + lift(c_new - c_old). Its param group holds the
@@ -46,6 +49,10 @@ class SubspaceOptimizer(KeepsCoefficients):
     a forward pass for training, so that whoever evaluates or saves has the average (costs n numbers, and no second
     pass over the basis). One that was given named parameters leaves them at the last step; `use_average` (or `eval`)
     and `use_last` (or `train`) go from one to the other. Where a user replaces the weights, both points begin anew.
+
+    Parameters that FSDP2 shards (`fully_shard` before the optimizer is made, or Accelerate after it) are moved in
+    parts: each process keeps its part of the basis, and d numbers are summed. All processes have to call what moves or
+    measures the weights. An average then needs the model.
 
     Args:
         params: A model; or `model.named_parameters()`, checked against the basis by name and shape; or plain tensors
@@ -66,7 +73,8 @@ class SubspaceOptimizer(KeepsCoefficients):
         `ValueError`: the model's names or shapes differ from the basis (the first difference is named); a parameter
             that the basis moves is frozen, complex or on the meta device; a number that is NaN, infinite or negative;
             an average beside `capturable=True`.
-        `NotImplementedError`: an inner optimizer that needs a closure (LBFGS), or `differentiable=True`.
+        `NotImplementedError`: an inner optimizer that needs a closure (LBFGS), or `differentiable=True`; sharded
+            parameters, and a basis that cannot be cut (Tucker), or another cut than that of FSDP2.
 
     Example:
 
@@ -97,23 +105,11 @@ class SubspaceOptimizer(KeepsCoefficients):
         check_average(average)
         check_number("max_grad_norm", max_grad_norm)
         params, model = parameters_of(params)
-        params = list(params)
-        if params and isinstance(params[0], dict):
-            raise ValueError(
-                "SubspaceOptimizer takes a model, or its named_parameters(), not param groups: one basis, one group"
-            )
-        names: list[str] | None = None
-        rest: list[tuple[str, torch.Tensor]] = []
-        if params and isinstance(params[0], tuple):
-            covered, rest = basis.layout.select(params)
-            names = list(basis.layout.names)
-            check_trainable(names, covered)
-        else:
-            basis.layout.check_tensors(params)
-            covered = params
-        self.basis = basis.to(device=covered[0].device)
+        names, covered, rest = covered_by(basis, list(params))
+        device = covered[0].device
+        self.basis = basis if is_sharded(covered) else basis.to(device=device)  # sharded: cut before it is moved
         self.max_grad_norm = max_grad_norm
-        c = torch.nn.Parameter(torch.zeros(basis.dim, dtype=basis.compute_dtype, device=covered[0].device))
+        c = torch.nn.Parameter(torch.zeros(basis.dim, dtype=basis.compute_dtype, device=device))
         self._inner = LearnedOptimizer([c], inner) if isinstance(inner, Rule) else inner([c])
         check_inner(self._inner)
         if isinstance(self._inner, LearnedOptimizer):
@@ -152,10 +148,14 @@ class SubspaceOptimizer(KeepsCoefficients):
             )
         self._reset()
         self._building = False
+        if model is not None:
+            self._model = weakref.ref(model)
+        self._follow()
         if stream_gradients:
             if model is None:
                 raise ValueError("stream_gradients puts hooks on the model: pass the model itself, not its parameters")
-            self._streamer = Streamer(model, covered, self._basis_here)
+            kind = Streamer if self._shards is None else ShardedStreamer
+            self._streamer = kind(model, covered, self._basis_here)
         if model is not None:
             self.attach(model)
 
@@ -181,8 +181,10 @@ class SubspaceOptimizer(KeepsCoefficients):
     @property
     def coefficients(self) -> torch.Tensor:
         """A copy of c, of shape `(d,)`, of the weights that are saved: at the average after `use_average`, and always
-        if the optimizer knows the model."""
-        self.notice()
+        if the optimizer knows the model. Of sharded weights, whatever one process may know of them, as of the last
+        step: it can be read on one process alone."""
+        if self._shards is None:
+            self.notice()
         published = self._mean is not None and (self._at_average or self._attached)
         return (self._mean if published and self._mean is not None else self._c.detach()).clone()
 
@@ -218,7 +220,7 @@ class SubspaceOptimizer(KeepsCoefficients):
         self._notice(read_device=self._on_host)
         self._weights.to_published(self._c.detach() - self._mean)
         self._at_average = True
-        if self.state[self.param_groups[0]["params"][0]]:
+        if self.state.get(self.param_groups[0]["params"][0]):
             self._publish_state()
 
     @torch.no_grad()
@@ -246,60 +248,15 @@ class SubspaceOptimizer(KeepsCoefficients):
     @torch.no_grad()
     def published(self) -> dict[int, torch.Tensor]:
         """The average by `id` of its parameter while the weights of an attached model are at the last step."""
-        self._notice(read_device=self._on_host)
+        if self._is_being_sharded():
+            return {}  # the sharded model begins where its weights are
+        if self._shards is None:
+            self._notice(read_device=self._on_host)
         if not self._attached or self._at_average or self._mean is None:
             return {}
         return self._weights.published(self._c.detach() - self._mean)
 
     # The step
-
-    @property
-    def _has_gradient(self) -> bool:
-        if self._streamer is not None:
-            return self._streamer.gradient is not None
-        return any(p.grad is not None and trains(p) for p in self.param_groups[0]["params"])
-
-    @torch.no_grad()
-    def projected_gradient(self) -> torch.Tensor:
-        """Returns g = project(gradients), of shape `(d,)`, unclipped; a parameter without gradient counts as zero."""
-        if self._streamer is not None:
-            g = self._streamer.gradient
-            return torch.zeros_like(self._c, requires_grad=False) if g is None else g.clone()
-        gradients = [p.grad if trains(p) else None for p in self.param_groups[0]["params"]]
-        refuse_sparse(gradients)
-        self._follow()
-        return self.basis.project(gradients)
-
-    @torch.no_grad()
-    def gradient_share(self) -> torch.Tensor:
-        """Returns |U U^T grad|^2 / |grad|^2 over the covered parameters, 0-d: how much of it the subspace holds.
-
-        Raises:
-            `NotImplementedError`: gradients are streamed, and the whole one is gone.
-        """
-        if self._streamer is not None:
-            raise NotImplementedError(
-                "with stream_gradients only the projected gradient is kept; leave it out for this"
-            )
-        inside = torch.linalg.vector_norm(self.projected_gradient() / self.basis.units)
-        norms = [torch.linalg.vector_norm(p.grad) for p in self.param_groups[0]["params"] if p.grad is not None]
-        whole = torch.linalg.vector_norm(torch.stack([norm.float() for norm in norms]))
-        return (inside / whole.clamp_min(1e-37)) ** 2
-
-    @torch.no_grad()
-    def clip_projected(self, max_norm: float) -> torch.Tensor:
-        """Scales the gradients of the covered parameters in place, so that the norm of the projected one is at most
-        `max_norm`; 0: only measures. A `max_grad_norm` of the optimizer does this in `step`, without touching them.
-
-        Returns:
-            The norm of the projected gradient before clipping, 0-d.
-        """
-        norm = torch.linalg.vector_norm(self.projected_gradient())
-        if max_norm > 0:
-            for p in self.param_groups[0]["params"]:
-                if p.grad is not None:
-                    p.grad.mul_(_clipped(norm, max_norm))
-        return norm
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -310,9 +267,10 @@ class SubspaceOptimizer(KeepsCoefficients):
             with torch.enable_grad():
                 loss = closure()
         group = self.param_groups[0]
-        covered = self._has_gradient
+        self._follow_shards()
         gradients = [p.grad for other in self.param_groups[1:] for p in other["params"] if p.grad is not None]
-        if not covered and not gradients:
+        covered, outside = self._on_any(self._has_gradient, bool(gradients))
+        if not covered and not outside:
             self.publish()
             return loss
         still = not torch.is_tensor(group["lr"]) and group["lr"] == 0
@@ -327,8 +285,10 @@ class SubspaceOptimizer(KeepsCoefficients):
             g = self.projected_gradient()  # (d,)
             self._norm.copy_(torch.linalg.vector_norm(g))
             if self.max_grad_norm > 0:
-                g = g * _clipped(self._norm, self.max_grad_norm)
-        finite = is_finite(gradients if g is None else [g, *gradients])  # ()
+                g = g * clipped(self._norm, self.max_grad_norm)
+        finite = is_finite([torch.zeros_like(self._norm) if g is None else g, *gradients])  # ()
+        if outside and self._shards is not None:
+            finite = self._shards.all(finite)
         self._non_finite.record(finite)
         if self._step_outside is not None:
             self._step_outside(finite)
@@ -347,12 +307,12 @@ class SubspaceOptimizer(KeepsCoefficients):
         inner_group.update({key: group[key] for key in inner_group if key not in ("params", "param_names")})
         c = self._c
         if self._origin is None:
-            if self._fresh:
+            if self._fresh and not still:  # torch.distributed.checkpoint steps before it loads
                 warn_of_another_start(self.basis, group["params"])
             self._origin = self.basis.coordinates(group["params"]) - c.detach()
             if isinstance(self._inner, LearnedOptimizer):
                 self._inner.tensor_origin = self._origin
-        self._fresh = False
+        self._fresh = self._fresh and still
         c_before = c.detach().clone()
         c.grad = torch.where(finite, g, 0)
         stepped = self._step_inner(finite)
@@ -388,8 +348,3 @@ class SubspaceOptimizer(KeepsCoefficients):
                 "a parameter that the basis moves was frozen after the optimizer was made: it stays as it is, and the "
                 "weights are no longer at the coefficients of the whole basis"
             )
-
-
-def _clipped(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """What a gradient of this norm is multiplied by, 0-d."""
-    return (max_norm / (norm + 1e-6)).clamp_max(1.0)

@@ -5,6 +5,7 @@
 - `compiled`: the two for all parameters in one call, by `columns.cpp` on a CPU and `triton_columns` on CUDA
 - `quantized`, `thin`, `tucker`, `factors`: directions of few bits, or that share factors, and their fits
 - `host`: directions that stay in host memory, or in their file, and go to a device in pieces
+- `sharded`, `shards`: a basis cut as FSDP2 cuts the parameters, and sums over the processes
 - `storage`: bytes of each storage, and which fits
 - `trajectory`, `fit`: recorded snapshots, and their principal directions
 - `stored`: what a saved basis says of its layout

@@ -73,6 +73,7 @@ class Basis(HubFiles):
 
     kind: str
     reads = frozenset({"mapped"})
+    is_saved = True
     may_stay_on_host = False
     stays_on_host = False
     start: torch.Tensor | None = None
@@ -80,7 +81,8 @@ class Basis(HubFiles):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        Basis._kinds[cls.kind] = cls
+        if cls.is_saved:
+            Basis._kinds[cls.kind] = cls
 
     def __init__(
         self,

@@ -73,7 +73,7 @@ def build_optimizer(
     Raises:
         `ValueError`: an unknown name; a basis that is missing or does not fit the model; a number that is NaN,
             infinite or negative; weight decay in a basis; an argument that this `optim` has no use for.
-        `NotImplementedError`: the run is one of FSDP or DeepSpeed.
+        `NotImplementedError`: the run is one of FSDP1 or DeepSpeed, or of FSDP2 without a basis.
         `FileNotFoundError`: a basis or rule that is not there; says what was looked for where.
     """
     if optim not in OPTIMIZERS:
@@ -190,18 +190,37 @@ class SubspaceOptimizerFactory:
     """
 
     def __call__(self, model: nn.Module, **kwargs: Any) -> Optimizer:
-        refuse_sharding()
+        refuse_sharding(with_basis=kwargs.get("basis") is not None)
         optimizer = build_optimizer(model, **kwargs)
         check_same_on_all_ranks(optimizer_facts(optimizer), "optimizer")
         return optimizer
 
 
-def refuse_sharding(*, fsdp: Any = None, deepspeed: Any = None) -> None:
-    """Raises where parameters are sharded: by the given flags, or by what `accelerate launch` was told."""
+def refuse_sharding(*, fsdp: Any = None, deepspeed: Any = None, with_basis: bool = False) -> None:
+    """Raises where parameters are sharded by other than FSDP2, or without a basis.
+
+    What counts are the given flags, and what `accelerate launch` was told.
+    """
     kind = AcceleratorState._shared_state.get("distributed_type")  # making one here would initialise it
     if deepspeed or kind == DistributedType.DEEPSPEED:
         raise NotImplementedError(
-            "DeepSpeed flattens or replaces the optimizer's parameters, which a basis cannot follow; train with DDP"
+            "DeepSpeed flattens or replaces the optimizer's parameters, which a basis cannot follow; shard with FSDP2 "
+            "(fsdp=True and a basis), or train with DDP and stream_gradients"
         )
-    if fsdp or kind == DistributedType.FSDP:
-        raise NotImplementedError("FSDP shards the parameters, which a basis does not support yet; train with DDP")
+    if not (fsdp or kind == DistributedType.FSDP):
+        return
+    if kind != DistributedType.FSDP:
+        raise NotImplementedError(
+            f"fsdp is set, but Accelerate does not run FSDP here (distributed type {kind or 'not known'}); start "
+            "the processes on accelerators, by `accelerate launch` or torchrun, or leave fsdp out and train with DDP"
+        )
+    if getattr(AcceleratorState._shared_state.get("fsdp_plugin"), "fsdp_version", 1) != 2:
+        raise NotImplementedError(
+            "FSDP1 flattens the parameters, which a basis cannot follow; use FSDP2 (fsdp_version: 2 in Accelerate's "
+            'config, or fsdp_config={"version": 2}), or train with DDP'
+        )
+    if not with_basis:
+        raise NotImplementedError(
+            "FSDP2 shards the parameters; a learned rule without a basis looks at whole tensors, and a recipe trains "
+            "several runs. Pass a basis (sl2o_basis) in a script of your own, or train with DDP"
+        )

@@ -14,6 +14,7 @@ from transformers.training_args import TrainingArguments
 
 from ..optim import LearnedOptimizer, SubspaceOptimizer
 from ..subspace import Trajectory
+from ..subspace.shards import is_sharded, whole_parameters
 
 
 def unwrap_optimizer(optimizer: Any) -> Any:
@@ -65,10 +66,12 @@ class TrajectoryCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
-            return
         if state.global_step > 0:
-            self.trajectory.forget_after(state.global_step)
+            if state.is_world_process_zero:
+                self.trajectory.forget_after(state.global_step)
+            return
+        parameters = whole_parameters(kwargs["model"])  # all processes have to take part where they are sharded
+        if not state.is_world_process_zero:
             return
         again = args.auto_find_batch_size and self._recording  # without an end: begun again with smaller batches
         self._recording = True
@@ -78,7 +81,7 @@ class TrajectoryCallback(TrainerCallback):
                 "starts anew; resume that run, choose another folder, or pass overwrite=True"
             )
         self.trajectory.clear()
-        self.trajectory.write(0, kwargs["model"].named_parameters())
+        self.trajectory.write(0, parameters)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -86,14 +89,17 @@ class TrajectoryCallback(TrainerCallback):
         self._recording = False
 
     def _write(self, state: TrainerState, model: torch.nn.Module, optimizer: Any = None) -> None:
-        if not state.is_world_process_zero or state.global_step in self.trajectory.steps:
+        wanted = state.is_world_process_zero and state.global_step not in self.trajectory.steps
+        if not (wanted or is_sharded(model.parameters())):
             return
         optimizer = unwrap_optimizer(optimizer)
         published = isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer) and optimizer.at_average
         if published:
             optimizer.use_last()
         try:
-            self.trajectory.write(state.global_step, model.named_parameters())
+            parameters = whole_parameters(model)
+            if wanted:
+                self.trajectory.write(state.global_step, parameters)
         finally:
             if published:
                 optimizer.use_average()

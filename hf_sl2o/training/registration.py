@@ -23,7 +23,9 @@ _OPTIM_ARGS = ("basis", "rule", "lr", "units", "momentum", "average", "outside",
 def _handler(context: trainer_optimizer.OptimizerContext) -> tuple[Any, dict[str, Any]]:
     """Turns a user's arguments into those of [`build_optimizer`]; `optim_args` win over the `sl2o_` fields."""
     args, given = context.args, {key: unquote(value) for key, value in context.optim_args.items()}
-    refuse_sharding(fsdp=args.fsdp, deepspeed=args.deepspeed)
+    refuse_sharding(
+        fsdp=args.fsdp, deepspeed=args.deepspeed, with_basis=True
+    )  # whether there is one, the factory asks
     if unknown := sorted(set(given) - set(_OPTIM_ARGS)):
         raise ValueError(f"optim_args has an unknown key {unknown[0]!r}; expected any of {', '.join(_OPTIM_ARGS)}")
     if empty := [key for key, value in given.items() if not value]:

@@ -28,6 +28,11 @@ from ..foundation.files import load_json, save_json
 logger = logging.getLogger(__name__)
 
 STATE, ARGUMENTS, NOTE = "trainer_state.json", "training_args.bin", "checkpoint_files.json"
+OPTIMIZER = "optimizer.pt"
+# What Accelerate writes under FSDP, weights and optimizer: files (FULL_STATE_DICT), or folders with a file of each
+# process (SHARDED_STATE_DICT).
+_FSDP = (("pytorch_model_fsdp.bin", "optimizer.bin"), ("pytorch_model_fsdp_0", "optimizer_0"))
+_FOLDERS = _FSDP[1]
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
@@ -116,7 +121,8 @@ def first_fault(checkpoint: str | Path) -> str | None:
                 return f"{NOTE} is damaged"
             if (lost := first_lost(folder, files)) is not None:
                 return lost
-        _check_whole(folder / ARGUMENTS)
+        if not any((folder / name).is_dir() for name in _FOLDERS):  # a Trainer then writes no arguments
+            _check_whole(folder / ARGUMENTS)
         for path in [*_weights(folder), *_training_states(folder)]:
             _check_whole(path)
     except (OSError, ValueError) as error:
@@ -124,8 +130,26 @@ def first_fault(checkpoint: str | Path) -> str | None:
     return None
 
 
+def has_optimizer_state(checkpoint: str | Path) -> bool:
+    """Whether a checkpoint has the optimizer's state, as a Trainer writes it with or without FSDP."""
+    return any((Path(checkpoint) / name).exists() for name in (OPTIMIZER, *(optimizer for _, optimizer in _FSDP)))
+
+
+def _of_fsdp(folder: Path) -> tuple[Path, Path] | None:
+    """Weights and optimizer of a checkpoint of FSDP, if any of the two is there."""
+    for names in _FSDP:
+        weights, optimizer = folder / names[0], folder / names[1]
+        if weights.exists() or optimizer.exists():
+            return weights, optimizer
+    return None
+
+
 def _check_whole(path: Path) -> None:
-    """Raises where a file is not there, or was cut off."""
+    """Raises where a file is not there, or was cut off; or a folder of FSDP was not written to its end."""
+    if path.name in _FOLDERS:
+        if not (path / ".metadata").is_file() or not any(path.glob("*.distcp")):  # that is written last
+            raise FileNotFoundError(f"{path.name} lacks .metadata or its *.distcp files")
+        return
     if not path.is_file():
         raise FileNotFoundError(f"{path.name} is gone")
     if path.suffix == ".safetensors":
@@ -139,7 +163,10 @@ def _check_whole(path: Path) -> None:
 
 
 def _weights(folder: Path) -> Iterator[Path]:
-    """Yields the files of the weights: of the model, in one piece or several, or of each adapter."""
+    """Yields the files of the weights: of the model, in one piece or several, or of each adapter; of FSDP its own."""
+    if (of_fsdp := _of_fsdp(folder)) is not None:
+        yield of_fsdp[0]
+        return
     adapters = [path.parent for pattern in ("", "*/") for path in folder.glob(f"{pattern}adapter_config.json")]
     for adapter in adapters:
         yield _first_there(adapter, _ADAPTERS)
@@ -167,7 +194,8 @@ def _first_there(folder: Path, names: tuple[str, ...]) -> Path:
 def _training_states(folder: Path) -> Iterator[Path]:
     """Yields the files of optimizer, schedule and random numbers; none where only the model was to be saved."""
     names = [path.name for path in folder.glob("rng_state*.pth")]
-    states = [folder / "optimizer.pt", folder / "scheduler.pt"]
+    of_fsdp = _of_fsdp(folder)
+    states = [folder / OPTIMIZER if of_fsdp is None else of_fsdp[1], folder / "scheduler.pt"]
     # A run that saves the model alone has none of them. If only some are there, the others were deleted.
     if _pickled_flag(folder / ARGUMENTS, "save_only_model") and not names and not any(p.exists() for p in states):
         return

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput, set_seed
 from transformers.training_args import OptimizerNames
 
@@ -18,11 +17,12 @@ from ..foundation.ranks import basis_facts, check_same_on_all_ranks, rule_facts
 from ..optim import LearnedOptimizer, SubspaceOptimizer
 from ..rules import Rule, load_rule
 from ..subspace import Basis, Trajectory, fit_basis
+from ..subspace.shards import is_sharded
 from .arguments import SL2OTrainingArguments, check_optim_args
 from .build import refuse_useless
 from .callbacks import SubspaceLogCallback, TrajectoryCallback, unwrap_optimizer
 from .facts import patience, training_facts
-from .resume import last_complete_checkpoint, steps_done
+from .resume import has_optimizer_state, last_complete_checkpoint, steps_done
 from .step_size import OPTIMIZERS, OwnStepSize
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,11 @@ class SL2OTrainer(Trainer):
     def _load_best_model(self) -> None:
         super()._load_best_model()
         optimizer, best = self.subspace_optimizer, self.state.best_model_checkpoint
-        if optimizer is not None and best is not None and not self._load_coefficients(optimizer, Path(best)):
+        if optimizer is None or best is None:
+            return
+        # Sharded: all processes have to measure, or none, whichever of them sees the file.
+        sharded = self.model is not None and is_sharded(self.model.parameters())
+        if sharded or not self._load_coefficients(optimizer, Path(best)):
             optimizer.measure()  # from the weights that were loaded
 
     def _load_coefficients(self, optimizer: SubspaceOptimizer, checkpoint: Path) -> bool:
@@ -171,7 +175,7 @@ class SL2OTrainer(Trainer):
                 "with the optim of that run, or start a new run from the checkpoint's weights (from_pretrained)"
             ) from error
         optimizer = self.subspace_optimizer
-        if checkpoint is None or (Path(checkpoint) / OPTIMIZER_NAME).exists() or optimizer is None:
+        if checkpoint is None or optimizer is None or has_optimizer_state(checkpoint):
             return
         known = self._load_coefficients(optimizer, Path(checkpoint))
         logger.warning(
@@ -211,6 +215,11 @@ class SL2OTrainer(Trainer):
         """Trains with AdamW while recording, and fits the basis; `trained`: the run in the subspace has begun."""
         args = self.args
         assert isinstance(args, SL2OTrainingArguments)
+        if self.is_fsdp_enabled:
+            raise NotImplementedError(
+                "sl2o_warmup_steps trains twice in one run, which Accelerate's FSDP does not do; record a run with "
+                "TrajectoryCallback, fit_basis to it, and pass sl2o_basis to the next run"
+            )
         folder = Path(args.output_dir or ".") / "warmup"
         _, options = self.get_optimizer_cls_and_kwargs(args, self.model)  # what is wrong with them is said before
         refuse_useless(**{**options, "with_basis": True})
