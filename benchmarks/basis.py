@@ -130,9 +130,8 @@ def fit_here(folder: Path, how: str) -> dict[str, float]:
             trajectory = Trajectory(folder)
             snapshots = [load_tensors(trajectory.path(step)) for step in trajectory.steps]
             names = trajectory.layout.names if trajectory.layout else ()
-            PCA(DIM).fit_transform(
-                np.stack([np.concatenate([s[n].numpy().ravel() for n in names]) for s in snapshots]).T
-            )
+            rows = np.stack([np.concatenate([s[name].numpy().ravel() for name in names]) for s in snapshots])
+            PCA(DIM).fit(rows)  # (60, n)
 
     before, start = peak(), time.perf_counter()
     fit()

@@ -193,8 +193,8 @@ def test_what_is_sharded_by_others_is_refused(monkeypatch):
     assert "FSDP1 flattens" in said(with_basis=True) and "use FSDP2" in said(with_basis=True)
     monkeypatch.setitem(AcceleratorState._shared_state, "fsdp_plugin", Plugin(2))
     refuse_sharding(with_basis=True)
-    assert "pass a basis" in said()
-    with pytest.raises(NotImplementedError, match="pass a basis"):
+    assert "Pass a basis" in said()
+    with pytest.raises(NotImplementedError, match="Pass a basis"):
         SubspaceOptimizerFactory()(tiny_gpt2())
 
 

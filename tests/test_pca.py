@@ -118,6 +118,10 @@ def test_non_finite_snapshots_are_refused_when_written_and_when_read(trajectory)
     save_file(tensors, recorded.path(3))
     with pytest.raises(ValueError, match="snapshot-000000003.*NaN or Inf in 'h.0.b'"):
         fit_basis(recorded, 3, progress=False)
+    tensors["h.0.b"] = torch.full_like(tensors["h.0.b"], 1e200, dtype=torch.float64)
+    save_file(tensors, recorded.path(3))
+    with pytest.raises(ValueError, match="snapshot-000000003.*numbers too large to square in 'h.0.b'"):
+        fit_basis(recorded, 3, progress=False)
 
 
 def test_damaged_and_foreign_snapshots(trajectory):

@@ -64,31 +64,44 @@ class TensorFile:
         """Where the tensor begins: files are read fastest in this order."""
         return int(self._entries[name]["data_offsets"][0])
 
-    def rows(self, name: str, first: int = 0, last: int | None = None, *, summing: bool = False) -> torch.Tensor:
+    def bytes_of(self, name: str, first: int, last: int) -> int:
+        """Bytes of rows `first` to `last` of a tensor of F16, BF16, F32 or F64."""
+        return (last - first) * FLOATS_BY_NAME[self.dtype(name)].itemsize * math.prod(self.shape(name)[1:])
+
+    def rows(
+        self,
+        name: str,
+        first: int = 0,
+        last: int | None = None,
+        *,
+        summing: bool = False,
+        buffer: bytearray | None = None,
+    ) -> torch.Tensor:
         """Reads rows `first` to `last` of a tensor of F16, BF16, F32 or F64; a scalar has one row.
 
         With `summing` the bytes count for `check`, which need not read them again; pieces come in their order then.
+        With a `buffer` that is large enough the tensor is a view of it.
         """
         shape, dtype = self.shape(name), FLOATS_BY_NAME[self.dtype(name)]
-        row = dtype.itemsize * math.prod(shape[1:])
         last = (shape[0] if shape else 1) if last is None else last
-        buffer = bytearray((last - first) * row)
-        start = self._data + self.place(name) + first * row
+        size = self.bytes_of(name, first, last)
+        whole = memoryview(bytearray(size) if buffer is None else buffer)[:size]
+        start = self._data + self.place(name) + self.bytes_of(name, 0, first)
         if summing and start > self._summed:
             self._sum_to(start)
         self._file.seek(start)
-        view = memoryview(buffer)
+        view = whole
         while view:
             count = self._file.readinto(view)
             if not count:
                 raise ValueError(f"{self.path} became shorter while it was read; record or copy it again")
             view = view[count:]
         if summing and start == self._summed:
-            self._sum.update(buffer)
-            self._summed += len(buffer)
-        if not buffer:
+            self._sum.update(whole)
+            self._summed += size
+        if not size:
             return torch.empty(last - first, *shape[1:], dtype=dtype)
-        return torch.frombuffer(buffer, dtype=dtype).view((last - first, *shape[1:]) if shape else ())
+        return torch.frombuffer(whole, dtype=dtype).view((last - first, *shape[1:]) if shape else ())
 
     def mapped(self) -> dict[str, torch.Tensor]:
         """Returns the tensors of F16, BF16, F32, F64, I8 and U8 as views of the file; see [`map_tensors`]."""

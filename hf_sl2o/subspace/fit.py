@@ -37,7 +37,10 @@ _RANK_TOLERANCE = 1e-10
 
 
 class _Blocks:
-    """Reads the snapshots as float64 blocks of shape (T, columns) on a device, parameter by parameter."""
+    """Reads the snapshots as float64 blocks of shape (T, columns) on a device, parameter by parameter.
+
+    A block is valid until the next one is read: all are in the same memory.
+    """
 
     def __init__(self, trajectory: Trajectory, steps: list[int], device: torch.device | str, stack: ExitStack) -> None:
         assert trajectory.layout is not None
@@ -45,6 +48,7 @@ class _Blocks:
         self.layout, self.steps = trajectory.layout, steps
         self.paths = [trajectory.path(step) for step in steps]
         self.files = [stack.enter_context(_open_snapshot(trajectory, step)) for step in steps]
+        self._bytes, self._numbers = bytearray(), torch.empty(0, dtype=torch.float64, device=device)
 
     def sample(self, file: TensorFile) -> torch.Tensor:
         """[`start_sample`] of the parameters in an open snapshot: `(k, 16)`."""
@@ -66,21 +70,28 @@ class _Blocks:
         for first in range(0, rows, step):
             last = min(first + step, rows)
             columns = (last - first) * width
-            block = torch.empty(len(self.files), columns, dtype=torch.float64, device=self.device)
+            if (count := len(self.files) * columns) > len(self._numbers):
+                self._numbers = torch.empty(count, dtype=torch.float64, device=self.device)
+            block = self._numbers[:count].view(len(self.files), columns)
             for row, file in enumerate(self.files):
-                part = file.rows(name, first, last, summing=summing).reshape(-1)
-                block[row] = part.to(self.device).to(torch.float64)
+                if (size := file.bytes_of(name, first, last)) > len(self._bytes):
+                    self._bytes = bytearray(size)
+                block[row] = file.rows(name, first, last, summing=summing, buffer=self._bytes).reshape(-1)
             yield first * width, first * width + columns, block
 
-    def refuse_non_finite(self, index: int, block: torch.Tensor) -> None:
-        finite = torch.isfinite(block).all(dim=1)
-        if not bool(finite.all()):
-            row = int((~finite).nonzero()[0])
-            self.files[row].check()  # says so where the file was damaged
-            raise ValueError(
-                f"snapshot {self.paths[row]} holds NaN or Inf in {self.layout.names[index]!r}; leave that step out "
-                "with steps=..., or record it again with a lower learning rate"
-            )
+    def refuse_non_finite(self, index: int) -> None:
+        """Raises for the first snapshot whose numbers of a parameter are not finite, or too large to be squared."""
+        name = self.layout.names[index]
+        for _, _, block in self.of(index):
+            finite = torch.isfinite(block.square()).all(dim=1)
+            if not bool(finite.all()):
+                row = int((~finite).nonzero()[0])
+                self.files[row].check()  # says so where the file was damaged
+                large = bool(torch.isfinite(block[row]).all())
+                raise ValueError(
+                    f"snapshot {self.paths[row]} holds {'numbers too large to square' if large else 'NaN or Inf'} in "
+                    f"{name!r}; leave that step out with steps=..., or record it again with a lower learning rate"
+                )
 
 
 def _open_snapshot(trajectory: Trajectory, step: int) -> TensorFile:
@@ -153,10 +164,12 @@ def _grams(reader: _Blocks, groups: list[list[int]], center: bool, bar: Any) -> 
     number = {index: place for place, group in enumerate(groups) for index in group}
     for index in reader.in_order():
         for first, last, block in reader.of(index, summing=True):
-            reader.refuse_non_finite(index, block)
             if center:
                 block -= block.mean(dim=0)
-            grams[number[index]] += (block @ block.T).cpu()
+            product = (block @ block.T).cpu()
+            if not bool(torch.isfinite(product).all()):  # as it is where a number is not
+                reader.refuse_non_finite(index)
+            grams[number[index]] += product
             bar.update(last - first)
     for file in reader.files:
         file.check()
@@ -167,10 +180,13 @@ def _write_directions(
     matrix: torch.Tensor, reader: _Blocks, index: int, weights: torch.Tensor, center: bool, bar: Any
 ) -> None:
     """Fills `(d, n_i)` with the directions of one parameter; `weights` is `(d, T)`."""
+    products = torch.empty(0, dtype=torch.float64, device=weights.device)
     for first, last, block in reader.of(index):
         if center:
             block -= block.mean(dim=0)
-        matrix[:, first:last] = (weights @ block).to(matrix.dtype)
+        if products.shape != (len(weights), last - first):
+            products = torch.empty(len(weights), last - first, dtype=torch.float64, device=weights.device)
+        matrix[:, first:last] = torch.mm(weights, block, out=products)
         bar.update(last - first)
 
 
