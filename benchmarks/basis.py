@@ -128,10 +128,12 @@ def fit_here(folder: Path, how: str) -> dict[str, float]:
 
         def fit() -> None:
             trajectory = Trajectory(folder)
-            snapshots = [load_tensors(trajectory.path(step)) for step in trajectory.steps]
-            names = trajectory.layout.names if trajectory.layout else ()
-            rows = np.stack([np.concatenate([s[name].numpy().ravel() for name in names]) for s in snapshots])
-            PCA(DIM).fit(rows)  # (60, n)
+            assert trajectory.layout is not None
+            rows = np.empty((len(trajectory), trajectory.layout.n), dtype=np.float32)
+            for row, step in zip(rows, trajectory.steps, strict=True):
+                tensors = load_tensors(trajectory.path(step))
+                np.concatenate([tensors[name].numpy().ravel() for name in trajectory.layout.names], out=row)
+            PCA(DIM).fit(rows)
 
     before, start = peak(), time.perf_counter()
     fit()
@@ -174,9 +176,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         return found
     cuda = torch.cuda.is_available()
     n = 1_000_000 if options.quick else 124_439_808 if cuda else 25_000_000
-    rows = products(n, rounds=5 if options.quick else 15, device="cuda" if cuda else "cpu")
-    if not cuda:
-        rows += fits(300_000 if options.quick else 11_173_962, rounds=2 if options.quick else 3)
+    # the fits first: what this process has had it may keep, and scikit-learn needs 12 GB
+    rows = [] if cuda else fits(300_000 if options.quick else 11_173_962, rounds=2 if options.quick else 3)
+    rows += products(n, rounds=5 if options.quick else 15, device="cuda" if cuda else "cpu")
     result = {"benchmark": "basis", "rows": rows, "environment": environment()}
     for entry in rows:
         ratio = "" if entry["ratio"] is None else f"  {entry['ratio']:.3f} x baseline"

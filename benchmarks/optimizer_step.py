@@ -259,10 +259,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     quick = options.quick or options.size == "tiny"
     # a training step of the real size takes seconds on a CPU: there the small one does
     trained = "small" if options.size == "gpt2" and not torch.cuda.is_available() else options.size
-    rows = training_steps(trained, rounds=10 if options.quick else 30)
-    rows += steps_alone(options.size, rounds=5 if quick else 9)
-    if options.beside is not None:
+    rows = []
+    if options.beside is not None:  # first: what this process has had it may keep
         rows += beside(options.beside, 1_200_000 if quick else 25_000_000, rounds=2 if quick else 5)
+    rows += training_steps(trained, rounds=10 if options.quick else 30)
+    rows += steps_alone(options.size, rounds=5 if quick else 9)
     result = {"benchmark": "optimizer_step", "rows": rows, "environment": environment()}
     for entry in rows:
         ratio = "" if entry["ratio"] is None else f"  {entry['ratio']:.3f} x baseline"
