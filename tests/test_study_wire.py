@@ -45,8 +45,10 @@ ends.mean_of_both = lambda values: values
 wire.work(load_json(Path(sys.argv[1])))
 """
 LAID = """
+import signal
 import time
 from hf_sl2o.experiments import wire
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 with wire.joined(10):
     print("laid", flush=True)
     time.sleep(60)
