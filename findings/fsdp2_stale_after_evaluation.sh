@@ -55,3 +55,6 @@ assert seen["evaluated"][0] != 0.0 and seen["evaluated"][1] == ["DTensor"] * 2 +
 dist.destroy_process_group()
 PY
 OMP_NUM_THREADS=1 venv/bin/python now.py
+# never evaluated: output 0.0000 of zero weights; parameters are ['DTensor', 'DTensor', 'DTensor', 'DTensor']
+# evaluated: output -0.0806 of zero weights; parameters are ['DTensor', 'DTensor', 'Parameter', 'Parameter']
+# evaluated, resharded: output 0.0000 of zero weights; parameters are ['DTensor', 'DTensor', 'DTensor', 'DTensor']
