@@ -1,5 +1,7 @@
 """The compiled loops over directions of few bits and thin factors beside them, against products in float64."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -75,6 +77,13 @@ def test_project(bits, dtype):
     gradients[1] = gradients[3] = None
     alike = [torch.zeros(shape) if g is None else g for shape, g in zip(SHAPES, gradients, strict=True)]
     assert near(basis.project(gradients), exact(basis) @ flat(alike))
+
+
+def test_a_basis_that_was_used_can_be_pickled():
+    basis, gradients = basis_of(), tensors(1)
+    found = basis.project(gradients)
+    assert basis._of_both() is basis._of_both()  # made once
+    assert pickle.loads(pickle.dumps(basis)).project(gradients).equal(found)
 
 
 def test_the_order_of_the_columns_counts(monkeypatch):

@@ -12,7 +12,7 @@ import ctypes
 import functools
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,20 +200,26 @@ def in_order(wide: torch.Tensor, storage: str) -> torch.Tensor:
     return wide.contiguous()
 
 
-def beside_factors(basis: Any, wides: Tensors) -> OnCPU | None:
+def beside_factors(owner: Any, basis: Any, wides: Callable[[], Tensors]) -> OnCPU | None:
     """Loops over stored directions and thin factors beside them, on a CPU; None where there are none.
 
+    They are made once, and anew where a tensor of the directions was moved in place.
+
     Args:
+        owner: The basis that has both; what is made is kept beside it, not in it, so that it can be pickled.
         basis: With directions on a CPU that a loop can read.
-        wides: For each parameter (r, q) fp32, q a multiple of 128; or None.
+        wides: Returns for each parameter (r, q) fp32, q a multiple of 128; or None.
     """
     stored = basis.stored()
     if stored is None or basis.device.type != "cpu" or OnCPU.library() is None:
         return None
     if not all(t.is_contiguous() for t in (*stored.codes, *(stored.scales or ()))):
         return None
-    ordered = [None if wide is None else in_order(wide, stored.storage) for wide in wides]
-    return OnCPU(basis, stored._replace(wides=ordered), stored.pointers)
+    known, pointers = _made.get(owner), stored.pointers
+    if not isinstance(known, OnCPU) or known.pointers != pointers:
+        ordered = [None if wide is None else in_order(wide, stored.storage) for wide in wides()]
+        known = _made[owner] = OnCPU(basis, stored._replace(wides=ordered), pointers)
+    return known
 
 
 def project_beside(loops: OnCPU, basis: Any, gradients: Tensors) -> tuple[torch.Tensor, list[torch.Tensor | None]]:

@@ -97,7 +97,6 @@ class TuckerBasis(Basis):
             dtype=torch.int64,
             device=self.device,
         )
-        self._loops: tuple[list[int], compiled.OnCPU | None] | None = None
         self.units, self.natural_units = self.units.float(), self.natural_units.float()
         self.start = check_start(start, layout)
 
@@ -136,11 +135,7 @@ class TuckerBasis(Basis):
         """Loops over the leading directions and the factors in one pass, where there are any."""
         if self.leading is None or not self.has_loops:
             return None
-        stored = self.leading.stored()
-        pointers = [] if stored is None else stored.pointers
-        if self._loops is None or self._loops[0] != pointers:  # made once, and anew where a tensor was moved
-            self._loops = pointers, compiled.beside_factors(self.leading, [of.wide for of in self._factors])
-        return self._loops[1]
+        return compiled.beside_factors(self, self.leading, lambda: [of.wide for of in self._factors])
 
     @torch.no_grad()
     def project(self, tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
