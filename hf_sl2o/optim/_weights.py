@@ -15,12 +15,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ..subspace import Basis
+from ..subspace.compiled import SUMS, column_sums
 from ..subspace.sharded import ShardedBasis
 from ..subspace.shards import Shards, own_part
 from ._common import trains
-
-# Numbers that are summed apart: no matrix has rows of a multiple of them.
-_PRIME = 61
 
 
 @dataclass
@@ -286,15 +284,12 @@ class Weights:
     @staticmethod
     def _measure(params: Sequence[torch.Tensor]) -> torch.Tensor:
         """Sums that an exchange or a change of sign of some weights changes, too: (k, 61) of k parameters."""
-        sums = []
-        for p in params:
-            flat = p.detach().reshape(-1)
-            dtype = torch.promote_types(p.dtype, torch.float32)
-            rows = len(flat) // _PRIME
-            whole = flat[: rows * _PRIME].view(rows, _PRIME).sum(0, dtype=dtype)  # (61,)
-            whole[: len(flat) - rows * _PRIME] += 0.7 * flat[rows * _PRIME :].to(dtype)
-            sums.append(whole)
-        return torch.stack([one.to(sums[0]) for one in sums])
+        flat = [p.detach().reshape(-1) for p in params]
+        sums = column_sums(flat)
+        if sums is None:
+            each = [_column_sums(one) for one in flat]
+            sums = torch.stack([one.to(each[0]) for one in each])
+        return sums
 
     def change(self) -> torch.Tensor | None:
         """About how far the weights are from where they were written, 0-d; None: not known."""
@@ -351,6 +346,14 @@ class Weights:
                 rest.mul_(same)
             elif follower.other is not None:
                 follower.other.mul_(same)
+
+
+def _column_sums(flat: torch.Tensor) -> torch.Tensor:
+    rows = len(flat) // SUMS
+    dtype = torch.promote_types(flat.dtype, torch.float32)
+    whole = flat[: rows * SUMS].view(rows, SUMS).sum(0, dtype=dtype)
+    whole[: len(flat) - rows * SUMS] += flat[rows * SUMS :].to(dtype)
+    return whole
 
 
 def _put(exact: torch.Tensor, flat: torch.Tensor, rest: torch.Tensor | None, part: slice) -> None:

@@ -10,6 +10,7 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstring>
@@ -390,6 +391,22 @@ void publish(const Table& table, void* const* weights, void* const* before, void
   });
 }
 
+// The sums of the columns of a flat tensor in rows of SUMS numbers, in parts of whole rows and whole lanes: sixteen
+// numbers of SUMS lanes are SUMS numbers of sixteen.
+constexpr int64_t SUMS = 61;
+constexpr int64_t PART = 16 * SUMS * LANES;
+
+void column_sums(const float* x, int64_t n, double* out) {
+  Lanes sums[SUMS];
+  for (Lanes& sum : sums) sum = Lanes{};
+  int64_t i = 0;
+  for (; i + SUMS * LANES <= n; i += SUMS * LANES)
+    for (int64_t k = 0; k < SUMS; ++k) sums[k] += take<Lanes>(x + i + k * LANES);
+  for (int64_t k = 0; k < SUMS; ++k)
+    for (int64_t l = 0; l < LANES; ++l) out[(k * LANES + l) % SUMS] += sums[k][l];
+  for (; i < n; ++i) out[i % SUMS] += x[i];
+}
+
 }  // namespace
 
 // `storage`: 0 fp32, 1 bf16, 2 int8, 3 int4. Tables are made once a basis.
@@ -432,5 +449,20 @@ void sl2o_publish(const void* table, int storage, void* const* weights, void* co
 #define CALL(S) publish<S>(t, weights, before, way, coefficients, dim, tall, moved, threads)
   FOR_STORAGE(CALL)
 #undef CALL
+}
+
+// Of each of `count` tensors SUMS numbers, in `out`, which holds zeros.
+void sl2o_sums(int64_t count, const int64_t* numel, void* const* tensors, int threads, double* out) {
+  std::vector<int64_t> begins(1, 0);
+  for (int64_t t = 0; t < count; ++t) begins.push_back(begins.back() + (numel[t] + PART - 1) / PART);
+  std::vector<double> parts(begins.back() * SUMS);
+  in_threads(begins.back(), threads, [&](int64_t number) {
+    const int64_t t = std::upper_bound(begins.begin(), begins.end(), number) - begins.begin() - 1;
+    const int64_t start = (number - begins[t]) * PART, rest = numel[t] - start;
+    column_sums(static_cast<const float*>(tensors[t]) + start, rest < PART ? rest : PART, parts.data() + number * SUMS);
+  });
+  for (int64_t t = 0; t < count; ++t)
+    for (int64_t number = begins[t]; number < begins[t + 1]; ++number)
+      for (int64_t k = 0; k < SUMS; ++k) out[t * SUMS + k] += parts[number * SUMS + k];
 }
 }

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("columns.cpp")
 STORAGES = ("fp32", "bf16", "int8", "int4")  # in the order that the loops count them
+#: Columns of `column_sums`: no matrix has rows of a multiple of them.
+SUMS = 61
 _CHUNK = 4096  # columns that the loops on a CPU have at a time
 # Bytes of directions from which a second thread is worth its start, some 20 microseconds.
 _THREADED = 1 << 20
@@ -103,6 +105,24 @@ def publish(
     if loops is not None:
         loops.publish(weights, before, ways, rows.detach().float().contiguous(), moved)
     return loops is not None
+
+
+def column_sums(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Sums of the columns of each tensor in rows of `SUMS`, fp64 of shape `(k, SUMS)` of k tensors; None: not done.
+
+    Sixteen numbers are summed in fp32, those of them in fp64 and in order: the same for any number of threads.
+
+    Args:
+        tensors: fp32 on a CPU, flat.
+    """
+    library = OnCPU.library() if tensors and fp32_on_cpu(tensors) and not torch.compiler.is_compiling() else None
+    if library is None:
+        return None
+    out = torch.zeros(len(tensors), SUMS, dtype=torch.float64)
+    numels = (ctypes.c_int64 * len(tensors))(*(t.numel() for t in tensors))
+    threads = torch.get_num_threads() if sum(numels) * 4 >= _THREADED else 1
+    library.sl2o_sums(ctypes.c_int64(len(tensors)), numels, _addresses(tensors), ctypes.c_int(threads), _address(out))
+    return out
 
 
 def _fp32(tensors: Tensors) -> bool:
