@@ -4,9 +4,10 @@
     python recipes/reproduce.py --data PATH --only "figure 7"
     python recipes/reproduce.py --data PATH --results outputs/reproduce     # all of them, from nothing
 
-What has its result in --results is not run again; killed and started again it goes on, also inside a recipe.
-REPRODUCTION.md is written: for each table and figure the command, its cost, the numbers of both, and the verdict;
-with --results into that folder. `--size paper` prints the commands at the paper's size and runs nothing.
+One command runs on each core. What has its result in --results is not run again; killed and started again it goes on,
+also inside a recipe. REPRODUCTION.md is written: for each table and figure the command, its cost, the numbers of both,
+and the verdict; with --results into that folder. `--size paper` prints the commands at the paper's size and runs
+nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from hf_sl2o.experiments.command_line.study import study_parser
 from hf_sl2o.experiments.environment import environment
 from hf_sl2o.experiments.kept.files import read_object
 from hf_sl2o.experiments.supplement import ENTRIES, Entry
+from hf_sl2o.foundation.checked import check_integer
 from hf_sl2o.foundation.files import save_json, write_atomically
 
 ROOT = Path(__file__).parent.parent
@@ -56,34 +61,48 @@ def words_of(command: str, name: str, options: Any) -> list[str]:
     return [sys.executable, *(word.format(**places) for word in words)]
 
 
-def run(entry: Entry, options: Any) -> None:
-    """Runs what has no result yet."""
-    for name, command in entry.files.items():
-        result = options.results / f"{name}.json"
-        if result.is_file():
-            print(f"{entry.name}: {result} is there", flush=True)
-            continue
-        words = words_of(command, name, options)
+def run(entries: Sequence[Entry], options: Any) -> None:
+    """Runs what has no result yet, `options.jobs` commands at a time; one that fails does not stop the others.
+
+    Raises:
+        `RuntimeError`: a command failed (the first one is named).
+    """
+    commands: dict[str, tuple[Entry, str]] = {}
+    for entry in entries:
+        for name, command in entry.files.items():
+            commands.setdefault(name, (entry, command))
+    missing = []
+    for name, (entry, command) in commands.items():
+        if (options.results / f"{name}.json").is_file():
+            print(f"{entry.name}: {options.results / f'{name}.json'} is there", flush=True)
+        else:
+            missing.append((entry, name, words_of(command, name, options)))
+    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    lock = threading.Lock()
+
+    def one(entry: Entry, name: str, words: list[str]) -> str | None:
         print(f"{entry.name}: {shlex.join(words)}", flush=True)
-        start = spent()
-        try:
-            code = subprocess.run(words, cwd=ROOT).returncode
-        finally:
-            took(options.results, name, (spent() - start) / 60)
+        process = subprocess.Popen(words, cwd=ROOT, env=environment)
+        # processor seconds: what else the machine does makes them no longer
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = code = os.waitstatus_to_exitcode(status)
+        with lock:
+            took(options.results, name, (usage.ru_utime + usage.ru_stime) / 60)
         if code:
-            raise RuntimeError(f"{entry.name}: its command failed with exit code {code}; start again to go on")
-        made = options.output_dir / name / "comparison.json"
+            return f"{entry.name}: its command failed with exit code {code}; start again to go on"
+        made, result = options.output_dir / name / "comparison.json", options.results / f"{name}.json"
         if not result.is_file():
             result.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(made, result)
             if made.with_suffix(".png").is_file():
                 shutil.copy(made.with_suffix(".png"), result.with_suffix(".png"))
+        return None
 
-
-def spent() -> float:
-    """Processor seconds of all commands that have ended: what else the machine does makes them no longer."""
-    times = os.times()
-    return times.children_user + times.children_system
+    with ThreadPoolExecutor(options.jobs) as pool:
+        failed = [said for said in pool.map(lambda work: one(*work), missing) if said]
+    if failed:
+        raise RuntimeError(failed[0])
 
 
 def took(results: Path, name: str, minutes: float) -> None:
@@ -146,6 +165,7 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
     parser = study_parser(__doc__, data="embedded", output_dir=Path("outputs/reproduce"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are and go")
     parser.add_argument("--size", choices=["small", "paper"], default="small")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="commands at a time (one a core)")
     parser.add_argument("--only", nargs="+", help="names such as 'figure 7', as --list shows them")
     parser.add_argument("--list", action="store_true", help="show the table; run nothing")
     options = parse_options(parser, argv)
@@ -154,13 +174,14 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
     if unknown:
         raise ValueError(f"--only has {unknown[0]!r}, expected some of {', '.join(names)}")
     chosen = [entry for entry in ENTRIES if options.only is None or entry.name in options.only]
+    check_integer("--jobs", options.jobs, 1)
+    if options.size == "small" and not options.list:
+        run(chosen, options)
     verdicts = {}
     for entry in chosen:
         if options.size == "paper":
             print(f"{entry.name}: {entry.shows}\n    {entry.paper_size}\n    about {entry.gpu_hours} GPU hours")
             continue
-        if not options.list:
-            run(entry, options)
         word, ours = verdict_of(entry, options.results)
         verdicts[entry.name] = word
         print(f"{entry.name}: {entry.shows}\n    the paper: {entry.paper}\n    here: {ours}\n    {word}")

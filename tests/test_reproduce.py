@@ -101,6 +101,31 @@ def test_what_is_there_is_not_run_again_and_the_page_is_written(tmp_path, monkey
         reproduce.main(words)
 
 
+def test_commands_run_side_by_side_and_one_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    script = tmp_path / "work.py"  # each waits for the other: alone it would not end
+    script.write_text(
+        "import sys, pathlib, time\n"
+        "out, other = map(pathlib.Path, sys.argv[1:])\n"
+        "out.mkdir(parents=True)\n"
+        "end = time.time() + 20\n"
+        "while not other.is_dir():\n"
+        "    assert time.time() < end\n"
+        "    time.sleep(0.01)\n"
+        "(out / 'comparison.json').write_text('{}')\n"
+    )
+    files = {"a": f"python {script} {{out}} {tmp_path}/out/b", "b": f"python {script} {{out}} {tmp_path}/out/a"}
+    bad = dataclasses.replace(ENTRIES[1], files={"c": f"python {script}"}, verdict=lambda r: (SMALL, "c"))
+    good = dataclasses.replace(ENTRIES[2], files=files, verdict=lambda r: (SMALL, "both"))
+    monkeypatch.setattr(reproduce, "ENTRIES", (bad, good))
+    words = ["--results", str(tmp_path / "results"), "--output_dir", str(tmp_path / "out"), "--jobs"]
+    with pytest.raises(RuntimeError, match="figure 1: its command failed with exit code 1; start again to go on"):
+        reproduce.main([*words, "3"])
+    assert {path.name for path in (tmp_path / "results").glob("?.json")} == {"a.json", "b.json"}
+    assert reproduce.main([*words, "1", "--only", "figure 2"]) == {"figure 2": SMALL}
+    with pytest.raises(ValueError, match="--jobs"):
+        reproduce.main([*words, "0"])
+
+
 def test_minutes_are_those_of_all_starts_and_of_a_file_once(tmp_path):
     by_name = {entry.name: entry for entry in ENTRIES}
     both, symbolic = by_name["figures 4 and 5"], by_name["table 2"]
