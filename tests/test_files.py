@@ -70,6 +70,18 @@ def test_several_files_change_together_or_not_at_all(tmp_path):
 # Checksums
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_files_may_be_read_by_whom_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_tensors(tmp_path / "t.safetensors", {"t": torch.zeros(2)})
+        save_json(tmp_path / "t.json", {})
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o666 & ~umask}
+
+
 def test_every_bit_of_a_file_counts(tmp_path):
     path = tmp_path / "x.safetensors"
     tensors = {"a": torch.randn(2, 3), "b": torch.arange(3), "empty": torch.zeros(0), "one": torch.tensor(1.0)}

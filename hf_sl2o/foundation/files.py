@@ -52,7 +52,10 @@ def write_atomically(writers: Mapping[Path, Callable[[str], object]]) -> None:
         for path, write in writers.items():
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
+                temporaries[path].touch()
+                mode = temporaries[path].stat().st_mode
                 write(str(temporaries[path]))
+                os.chmod(temporaries[path], mode)  # as the umask says; safetensors makes files for their owner alone
                 with open(temporaries[path], "r+b") as file:  # Windows flushes only what may be written
                     os.fsync(file.fileno())
             except (OSError, SafetensorError) as error:
