@@ -62,7 +62,7 @@ def words_of(command: str, name: str, options: Any) -> list[str]:
 
 
 def run(entries: Sequence[Entry], options: Any) -> None:
-    """Runs what has no result yet, `options.jobs` commands at a time; one that fails does not stop the others.
+    """Runs what has no result yet, `options.processes` commands at a time; one that fails does not stop the others.
 
     Raises:
         `RuntimeError`: a command failed (the first one is named).
@@ -77,7 +77,7 @@ def run(entries: Sequence[Entry], options: Any) -> None:
             print(f"{entry.name}: {options.results / f'{name}.json'} is there", flush=True)
         else:
             missing.append((entry, name, words_of(command, name, options)))
-    threads = str(max(1, (os.cpu_count() or 1) // options.jobs))
+    threads = str(max(1, (os.cpu_count() or 1) // options.processes))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     lock = threading.Lock()
 
@@ -99,7 +99,7 @@ def run(entries: Sequence[Entry], options: Any) -> None:
                 shutil.copy(made.with_suffix(".png"), result.with_suffix(".png"))
         return None
 
-    with ThreadPoolExecutor(options.jobs) as pool:
+    with ThreadPoolExecutor(options.processes) as pool:
         failed = [said for said in pool.map(lambda work: one(*work), missing) if said]
     if failed:
         raise RuntimeError(failed[0])
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
     parser = study_parser(__doc__, data="embedded", output_dir=Path("outputs/reproduce"))
     parser.add_argument("--results", type=Path, default=RESULTS, help="where results are and go")
     parser.add_argument("--size", choices=["small", "paper"], default="small")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="commands at a time (one a core)")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="commands at a time (one a core)")
     parser.add_argument("--only", nargs="+", help="names such as 'figure 7', as --list shows them")
     parser.add_argument("--list", action="store_true", help="show the table; run nothing")
     options = parse_options(parser, argv)
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
     if unknown:
         raise ValueError(f"--only has {unknown[0]!r}, expected some of {', '.join(names)}")
     chosen = [entry for entry in ENTRIES if options.only is None or entry.name in options.only]
-    check_integer("--jobs", options.jobs, 1)
+    check_integer("--processes", options.processes, 1)
     if options.size == "small" and not options.list:
         run(chosen, options)
     verdicts = {}

@@ -117,12 +117,12 @@ def test_commands_run_side_by_side_and_one_that_fails_leaves_the_others(tmp_path
     bad = dataclasses.replace(ENTRIES[1], files={"c": f"python {script}"}, verdict=lambda r: (SMALL, "c"))
     good = dataclasses.replace(ENTRIES[2], files=files, verdict=lambda r: (SMALL, "both"))
     monkeypatch.setattr(reproduce, "ENTRIES", (bad, good))
-    words = ["--results", str(tmp_path / "results"), "--output_dir", str(tmp_path / "out"), "--jobs"]
+    words = ["--results", str(tmp_path / "results"), "--output_dir", str(tmp_path / "out"), "--processes"]
     with pytest.raises(RuntimeError, match="figure 1: its command failed with exit code 1; start again to go on"):
         reproduce.main([*words, "3"])
     assert {path.name for path in (tmp_path / "results").glob("?.json")} == {"a.json", "b.json"}
     assert reproduce.main([*words, "1", "--only", "figure 2"]) == {"figure 2": SMALL}
-    with pytest.raises(ValueError, match="--jobs"):
+    with pytest.raises(ValueError, match="--processes"):
         reproduce.main([*words, "0"])
 
 
