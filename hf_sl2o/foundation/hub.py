@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
+import shutil
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import ModelCard, ModelHubMixin
 
+from .cards import FIGURE, README, TEMPLATE, card_bytes, is_ours, make_card, read_card, read_figure
 from .checked import shown
 from .files import (
     CHECKSUM,
@@ -26,41 +28,30 @@ from .files import (
     write_atomically,
 )
 from .pieces import map_tensors
+from .remote import MESSAGE, locate, push
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
-CARD = """---
-{{ card_data }}
----
+#: The format of config.json. A file without `format_version` has this one; a later one is refused.
+FORMAT_VERSION = 1
 
-# {{ title }}
-
-{{ summary }}
-
-```python
-{{ usage }}
-```
-
-Made with hf_sl2o, which trains networks with a learned optimizer in a small
-subspace (SL2O, Chen et al., ECCV 2022). The two files hold numbers and settings only; nothing in them is executed.
-{{ details }}
-"""
-
-# The last line of a card: a card that still has its checksum is ours, and nobody added to it.
-_MADE = "<!-- hf_sl2o wrote this card; it is kept once you change it. {} -->\n"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 T = TypeVar("T", bound="HubFiles")
 
 
-class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-optimizer"], model_card_template=CARD):
+class HubFiles(
+    ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-optimizer"], model_card_template=TEMPLATE
+):
     """Adds `save_pretrained`, `from_pretrained` and `push_to_hub` to a class that can turn itself into files.
 
     Attributes:
         reads (`frozenset[str]`): Further arguments of `from_pretrained`; `"mapped"` is known.
+        key (`str`): The key that config.json of this class has, and of no other one; `""`: it is not looked at.
     """
 
     reads: frozenset[str] = frozenset()
+    key: str = ""
 
     def to_files(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Returns the config (JSON) and the tensors."""
@@ -77,8 +68,19 @@ class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-opt
         return config
 
     def card(self) -> dict[str, str]:
-        """Returns title, summary, usage and details of the model card."""
+        """Returns the texts of the model card: title, summary, usage, and more of `cards.TEXTS`."""
         raise NotImplementedError
+
+    def generate_model_card(self, **model_card_kwargs: Any) -> ModelCard:  # type: ignore[override]
+        """Returns the model card; `model_card_kwargs` as in [`~HubFiles.save_pretrained`]."""
+        return make_card(self._hub_mixin_info.model_card_data, {**self.card(), **model_card_kwargs})
+
+    def _card(self, repo_id: str | None, model_card_kwargs: dict[str, Any] | None) -> ModelCard:
+        """With the true name in its code, where that is known."""
+        usage = self.card()["usage"]
+        if repo_id is not None and "/" in repo_id:
+            usage = usage.replace("user/name", repo_id)
+        return self.generate_model_card(**{"usage": usage, **(model_card_kwargs or {})})
 
     def save_pretrained(  # type: ignore[override]
         self,
@@ -95,16 +97,31 @@ class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-opt
         A full disk or a kill while they are written leaves what was there before; one between two renames leaves files
         that do not load, and say so. `config` is ignored, it is part of the mixin's signature.
 
+        Args:
+            save_directory (`str` or `Path`): The folder; it is made.
+            push_to_hub (`bool`, *optional*, defaults to `False`): Whether to push what was written, with the README.md
+                that is there.
+            repo_id (`str`, *optional*, defaults to the folder's name): Where to.
+            model_card_kwargs (`dict[str, Any]`, *optional*): What the card says instead of, or beside, what
+                [`~HubFiles.card`] has: texts (`title`, `summary`, `usage`, `training`, `evaluation`, `limits`,
+                `details`), `figure` (the path of a PNG image, which is copied to comparison.png), and metadata, as
+                `huggingface_hub.ModelCardData` takes them (`license`, `datasets`, `eval_results` and so on).
+            **push_to_hub_kwargs: As for [`~HubFiles.push_to_hub`].
+
         Returns:
             The URL of the commit with `push_to_hub=True`, else None.
 
         Raises:
-            `ValueError`: a setting is NaN or Infinity (named); it could not be loaded again.
+            `ValueError`: a setting is NaN or Infinity (named); it could not be loaded again. Or the figure is no PNG.
+            `TypeError`: `model_card_kwargs` has an unknown entry (named).
         """
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
         settings, tensors = self.to_files()
         check_finite(folder / CONFIG, settings)
+        # What is wrong with the card is said before anything is written.
+        texts = {folder / README: card_bytes(self._card(repo_id, model_card_kwargs))}
+        if figure := (model_card_kwargs or {}).get("figure"):
+            texts[folder / FIGURE] = read_figure(figure)
         weights = tensor_writer(tensors)
 
         def write_config(path: str) -> None:  # runs second, when the temporary weights are complete
@@ -118,13 +135,65 @@ class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-opt
             digest.append(sha256_of(path))
 
         write_atomically({folder / WEIGHTS: write_weights, folder / CONFIG: write_config})
-        if _is_ours(folder / "README.md"):
-            card = str(self.generate_model_card(**{**self.card(), **(model_card_kwargs or {})})).rstrip("\n") + "\n"
-            text = card + _MADE.format(hashlib.sha256(card.encode()).hexdigest())
-            write_atomically({folder / "README.md": lambda path: Path(path).write_bytes(text.encode())})
+        if is_ours(folder / README):
+            write_atomically({path: partial(_write, data=data) for path, data in texts.items()})
         if push_to_hub:
-            return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
+            own = None if is_ours(folder / README) else folder / README
+            options = {"model_card_kwargs": model_card_kwargs, **push_to_hub_kwargs}
+            return self._push(repo_id or folder.resolve().name, own, **options)
         return None
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        config: Any = None,
+        commit_message: str = MESSAGE,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        branch: str | None = None,
+        create_pr: bool | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+    ) -> str:
+        """Commits what `save_pretrained` writes to a Hub repository, which is made if there is none.
+
+        A README.md that somebody wrote or changed on the Hub stays as it is. `config` is ignored.
+
+        Args:
+            repo_id (`str`): `user/name`.
+            commit_message (`str`, *optional*): Of the commit.
+            private (`bool`, *optional*): Whether a new repository is private; by default as your account says. A
+                public repository that is there is refused with `True`.
+            token (`str` or `bool`, *optional*): By default that of `hf auth login` or HF_TOKEN.
+            branch (`str`, *optional*, defaults to `"main"`): Where to; it is made.
+            create_pr (`bool`, *optional*): Whether to open a pull request instead.
+            model_card_kwargs (`dict[str, Any]`, *optional*): As for [`~HubFiles.save_pretrained`].
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            `ValueError`: the metadata of the card are refused; nothing was sent.
+            `PermissionError`: the token is missing, unknown or not enough.
+            `ConnectionError`: the Hub cannot be reached.
+        """
+        return self._push(
+            repo_id, None, model_card_kwargs, commit_message=commit_message, private=private, token=token,
+            branch=branch, create_pr=create_pr,
+        )  # fmt: skip
+
+    def _push(
+        self, repo_id: str, own_card: Path | None, model_card_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> str:
+        with TemporaryDirectory() as made:
+            folder = Path(made)
+            self.save_pretrained(folder, repo_id=repo_id, model_card_kwargs=model_card_kwargs)
+            if own_card is not None:
+                read_card(own_card)
+                shutil.copyfile(own_card, folder / README)
+                if not (folder / FIGURE).exists() and (own_card.parent / FIGURE).is_file():
+                    shutil.copyfile(own_card.parent / FIGURE, folder / FIGURE)
+            return push(folder, repo_id, **options)
 
     @classmethod
     def _from_pretrained(  # type: ignore[override]
@@ -136,45 +205,46 @@ class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-opt
         force_download: bool,
         local_files_only: bool,
         token: str | bool | None,
+        subfolder: str = "",
         **unknown: Any,
     ) -> T:
         if others := sorted(unknown.keys() - cls.reads):
             raise TypeError(f"from_pretrained got unknown arguments {others}")
-        paths = {}
-        for name in (CONFIG, WEIGHTS):
-            if Path(model_id).is_dir():
-                paths[name] = Path(model_id) / name
-                if not paths[name].is_file():
-                    raise FileNotFoundError(
-                        f"looked for a saved {cls.__name__} in the folder {model_id}, which has no {name}; give the "
-                        "folder that `save_pretrained` wrote"
-                    )
-                continue
-            try:
-                paths[name] = Path(
-                    hf_hub_download(
-                        model_id,
-                        name,
-                        revision=revision,
-                        cache_dir=cache_dir,
-                        force_download=force_download,
-                        local_files_only=local_files_only,
-                        token=token,
-                    )
-                )
-            except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-                raise FileNotFoundError(
-                    f"looked for a saved {cls.__name__} at {model_id!r}: it is no local folder (here: {Path.cwd()}), "
-                    f"and {name} of the Hub repository of that name (revision {revision or 'main'}) could not be had "
-                    f"({type(error).__name__}: {str(error).strip().splitlines()[0]}); check the path, or log in with "
-                    "`hf auth login` for a private repository"
-                ) from error
-        return cls._from_paths(paths[CONFIG], paths[WEIGHTS], **unknown)
+        file = locate(
+            model_id, cls.__name__, subfolder, revision=revision, cache_dir=cache_dir, token=token,
+            force_download=force_download, local_files_only=local_files_only,
+        )  # fmt: skip
+        settings = file(CONFIG)
+        config = cls._read_config(settings)  # before the weights, which may be gigabytes of something else
+        return cls._from_paths(settings, config, file(WEIGHTS), **unknown)
 
     @classmethod
-    def _from_paths(cls: type[T], settings: Path, weights: Path, mapped: bool = False) -> T:
+    def _read_config(cls, path: Path) -> dict[str, Any]:
+        config: dict[str, Any] = load_json(path, dict)
+        version = config.get("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION or isinstance(version, bool):
+            raise ValueError(
+                f'{path} has "format_version": {shown(version)}, this hf_sl2o reads {FORMAT_VERSION}: it was written '
+                "by a newer one; pip install --upgrade hf_sl2o"
+            )
+        if cls.key and cls.key not in config:
+            for other in HubFiles.__subclasses__():
+                if other.key and other.key in config:
+                    name = other.__name__
+                    raise ValueError(
+                        f"{path} is that of a {name}, not of a {cls.__name__}; use {name}.from_pretrained"
+                    )
+            for key in ("model_type", "architectures", "_class_name", "peft_type"):
+                if key in config:
+                    raise ValueError(
+                        f"{path} is that of a model ({key} {shown(config[key])}), not of a {cls.__name__}; give the "
+                        f"folder or the repository of one that {cls.__name__}.save_pretrained wrote"
+                    )
+        return config
+
+    @classmethod
+    def _from_paths(cls: type[T], settings: Path, config: dict[str, Any], weights: Path, mapped: bool = False) -> T:
         """What is wrong in itself is named first; then a change that leaves all well-formed."""
-        config = load_json(settings, dict)
         sha256 = config.get("sha256", "")
         if sha256 != "" and not (isinstance(sha256, str) and _SHA256.fullmatch(sha256)):
             raise ValueError(
@@ -182,7 +252,7 @@ class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-opt
                 "both files from one source"
             )
         tensors = (map_tensors if mapped else load_tensors)(weights, sha256=sha256 or None)
-        rest = {key: value for key, value in config.items() if key not in ("sha256", CHECKSUM)}
+        rest = {key: value for key, value in config.items() if key not in ("sha256", CHECKSUM, "format_version")}
         made = cls.from_files(rest, tensors, where=str(settings.parent))
         check_finite(settings, config)
         remedy = "restore it, or load it as it was, change it in Python and save it again"
@@ -202,17 +272,23 @@ class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-opt
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
         revision: str | None = None,
+        subfolder: str = "",
         **unknown: Any,
     ) -> T:
         """Loads from a folder or a Hub repository; nothing from either is executed.
 
+        Without the Hub, or where it refuses, what the cache has is used, and a warning says so. A commit hash as the
+        revision asks the Hub for nothing that the cache has.
+
         Args:
             pretrained_model_name_or_path (`str` or `Path`): A folder written by `save_pretrained`, or `user/name`.
             force_download, token, cache_dir, local_files_only, revision: As in `huggingface_hub.hf_hub_download`.
+            subfolder (`str`, *optional*, defaults to `""`): Where it is in the folder or the repository.
 
         Raises:
-            `FileNotFoundError`: nothing is there; says what was looked for where.
-            `ValueError`: a file is truncated, tampered with, or holds unknown or missing entries.
+            `FileNotFoundError`: nothing is there, or it cannot be had; says what was looked for where, and why.
+            `ValueError`: a file is truncated, tampered with, of something else, of a later format, or holds unknown or
+                missing entries.
         """
         # The mixin's own method reads config.json first and hides why it could not.
         return cls._from_pretrained(
@@ -222,8 +298,13 @@ class HubFiles(ModelHubMixin, library_name="hf_sl2o", tags=["sl2o", "learned-opt
             force_download=force_download,
             local_files_only=local_files_only,
             token=token,
+            subfolder=subfolder,
             **unknown,
         )
+
+
+def _write(path: str, data: bytes) -> None:
+    Path(path).write_bytes(data)
 
 
 def take(config: dict[str, Any], keys: set[str], where: str) -> dict[str, Any]:
@@ -236,15 +317,3 @@ def take(config: dict[str, Any], keys: set[str], where: str) -> dict[str, Any]:
     for key in sorted(keys - set(config)):
         raise ValueError(f"config.json in {where} lacks the key {key!r}; restore it from where it came from")
     return config
-
-
-def _is_ours(card: Path) -> bool:
-    """Whether a card may be written: there is none, or the one there is as it was written."""
-    if not card.exists():
-        return True
-    try:
-        text = card.read_bytes().decode()
-    except (OSError, UnicodeDecodeError):
-        return False
-    body, mark, end = text.rpartition(_MADE.partition("{}")[0])
-    return bool(mark) and end == _MADE.format(hashlib.sha256(body.encode()).hexdigest()).removeprefix(mark)

@@ -34,4 +34,4 @@ def load_rule(rule: str | Path | Rule | None, *, with_basis: bool) -> Rule:
     try:
         return Rule.from_pretrained(rule)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}. The rules that ship: {', '.join(sorted(shipped))}") from error
+        raise FileNotFoundError(f"{error}. The rules that ship: {', '.join(sorted(shipped))}") from None

@@ -92,6 +92,8 @@ class Rule(nn.Module, HubFiles):
     dtype of its weights (fp32), whatever autocast says.
     """
 
+    key = "rule"
+
     def __init__(self, config: RuleConfig) -> None:
         super().__init__()
         self.config = config
@@ -380,20 +382,17 @@ class Rule(nn.Module, HubFiles):
         return {**config, "rule": {k: v for k, v in given.items() if ADDED_LATER.get(k, ...) != v}}
 
     def card(self) -> dict[str, str]:
-        config = self.config
-        details = []
-        if config.average:
-            details.append(f"A Trainer evaluates and saves at its running average, eta {config.average:g}.")
-        kind = (
-            f"the expression {config.expression!r}"
-            if config.expression
-            else f"an LSTM of size {config.per_tensor or config.hidden_size}"
-        )
+        config, size = self.config, self.config.per_tensor or self.config.hidden_size
+        kind = f"the expression {config.expression!r}" if config.expression else f"an LSTM of size {size}"
+        limits = "It is good for runs like those that it was meta-trained on. Elsewhere, compare it with AdamW first."
+        known = " It sees the share of the run that is done: the number of steps must be known when a run begins."
+        average = f"A Trainer evaluates and saves at its running average, eta {config.average:g}."
         return {
             "title": "A learned optimizer",
             "summary": f"An update rule for `hf_sl2o`: {kind}, {sum(p.numel() for p in self.parameters())} weights, "
             f"inputs {config.inputs}, output scale {config.output_scale}.",
             "usage": "import hf_sl2o\nfrom transformers import TrainingArguments\n\n"
             'args = TrainingArguments("out", optim="sl2o", optim_args="rule=user/name")',
-            "details": " ".join(details),
+            "limits": limits + known * config.progress,
+            "details": average if config.average else "",
         }

@@ -72,7 +72,7 @@ class Basis(HubFiles):
     """
 
     kind: str
-    reads = frozenset({"mapped"})
+    reads, key = frozenset({"mapped"}), "basis"
     is_saved = True
     may_stay_on_host = False
     stays_on_host = False
@@ -393,7 +393,8 @@ class Basis(HubFiles):
         return {
             "title": f"A {self.dim}-dimensional subspace",
             "summary": f"{self.dim} directions ({self.kind}, {self.dtype}) in the space of {self.layout.n:,} "
-            f"parameters (first {self.layout.names[0]}). It fits the model it was made for and no other.",
+            f"parameters (first {self.layout.names[0]}).",
             "usage": 'from hf_sl2o import Basis\n\nbasis = Basis.from_pretrained("user/name")',
-            "details": f"\nHow it was made:\n\n{made}\n" if made else "",
+            "training": made,
+            "limits": "It fits the model it was made for, at the weights where that run began, and no other.",
         }
