@@ -21,14 +21,17 @@ from .subspace import (
 )
 from .training import (
     BatchNormCallback,
+    FineTune,
     SL2OTrainer,
     SL2OTrainingArguments,
     SubspaceLogCallback,
     SubspaceOptimizerFactory,
     TrajectoryCallback,
     build_optimizer,
+    load_finetuned,
     recalibrate_batch_norm,
     register,
+    save_finetuned,
 )
 
 __version__ = "0.1.0"
@@ -38,6 +41,7 @@ __all__ = [
     "BatchNormCallback",
     "DenseBasis",
     "Estimator",
+    "FineTune",
     "FirstOrder",
     "IdentityBasis",
     "LSTMRule",
@@ -64,8 +68,10 @@ __all__ = [
     "TuckerBasis",
     "build_optimizer",
     "fit_basis",
+    "load_finetuned",
     "recalibrate_batch_norm",
     "register",
+    "save_finetuned",
     "train_on",
     "unroll",
 ]

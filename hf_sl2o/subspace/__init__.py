@@ -7,6 +7,7 @@
 - `host`: directions that stay in host memory, or in their file, and go to a device in pieces
 - `sharded`, `shards`: a basis cut as FSDP2 cuts the parameters, and sums over the processes
 - `storage`: bytes of each storage, and which fits
+- `exact`: theta_0 + lift(c) to the bit, on any machine
 - `trajectory`, `fit`: recorded snapshots, and their principal directions
 - `stored`: what a saved basis says of its layout
 

@@ -9,20 +9,25 @@ from typing import Any
 
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput, set_seed
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, TrainOutput, set_seed
 from transformers.training_args import OptimizerNames
 
 from ..foundation.files import load_tensors, open_tensors, save_tensors
+from ..foundation.hub import CONFIG, WEIGHTS, HubFiles
 from ..foundation.ranks import basis_facts, check_same_on_all_ranks, rule_facts
 from ..optim import LearnedOptimizer, SubspaceOptimizer
 from ..rules import Rule, load_rule
 from ..subspace import Basis, Trajectory, fit_basis
+from ..subspace.sharded import ShardedBasis
 from ..subspace.shards import is_sharded
 from .arguments import SL2OTrainingArguments, check_optim_args
 from .build import refuse_useless
 from .callbacks import SubspaceLogCallback, TrajectoryCallback, unwrap_optimizer
 from .facts import patience, training_facts
+from .finetuned import BASIS, RULE, FineTune
 from .resume import has_optimizer_state, last_complete_checkpoint, steps_done
+from .sharing import SHARED, commit_of
+from .starting import KeptStart
 from .step_size import OPTIMIZERS, OwnStepSize
 
 logger = logging.getLogger(__name__)
@@ -35,8 +40,9 @@ class SL2OTrainer(Trainer):
 
     Beyond `TrainingArguments(optim="sl2o")` with a plain Trainer it takes `basis` and `rule` as objects, logs what
     happens in the subspace ([`SubspaceLogCallback`]), reports the norm of the *projected* gradient as `grad_norm`, and
-    writes `coefficients.safetensors` (d numbers) beside each saved model. With `sl2o_warmup_steps=k` one call of
-    `train` trains k steps with AdamW while recording, fits a basis, and goes on in it.
+    writes `coefficients.safetensors` (d numbers) beside each saved model. What it pushes to the Hub has basis, rule
+    and coefficients besides, in the folder `sl2o`, which [`load_finetuned`] reads. With `sl2o_warmup_steps=k` one call
+    of `train` trains k steps with AdamW while recording, fits a basis, and goes on in it.
 
     Args:
         model, args, ...: As `Trainer`; `args` defaults to [`SL2OTrainingArguments`].
@@ -92,6 +98,9 @@ class SL2OTrainer(Trainer):
             raise ValueError("sl2o_warmup_steps needs a model; model_init would make a new one after the warm-up")
         self.basis = basis
         self.rule = rule
+        self._start: KeptStart | None = None  # the weights that a run which is pushed began with
+        self._basis_id: str | None = None  # the Hub id that the basis was given by
+        self._shared: Any = None  # the optimizer whose basis and rule were written for the Hub
         super().__init__(model, args, **kwargs)
         SubspaceLogCallback.attach(self)
 
@@ -107,6 +116,8 @@ class SL2OTrainer(Trainer):
             if isinstance(args.learning_rate, OwnStepSize):  # of one of ours, which was replaced since
                 options["lr"] = TrainingArguments.learning_rate
             return factory, options
+        given = options.get("basis") if self.basis is None else None
+        self._basis_id = given if isinstance(given, str) and not Path(given).is_dir() else None
         if self.rule is not None:
             options["rule"] = self.rule
         if self.basis is not None:
@@ -131,8 +142,7 @@ class SL2OTrainer(Trainer):
         super()._save(output_dir, state_dict)
         optimizer = self.subspace_optimizer
         if optimizer is not None and self.args.should_save:
-            path = Path(output_dir or self.args.output_dir or ".") / COEFFICIENTS
-            save_tensors(path, {"coefficients": optimizer.coefficients}, basis=optimizer.basis.fingerprint)
+            _save_coefficients(Path(output_dir or self.args.output_dir or "."), optimizer)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
@@ -184,6 +194,97 @@ class SL2OTrainer(Trainer):
             "at the coefficients that were saved" if known else "and coefficients count from the checkpoint's weights",
         )
 
+    # The Hub
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As `Trainer.push_to_hub`, with basis, rule and coefficients in the folder `sl2o`.
+
+        After training the weights are set to theta_0 + lift(c): to the bit those that [`load_finetuned`] gives.
+        """
+        self._share(final=not self.is_in_train)
+        return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        args, last = self.args, getattr(self, "push_in_progress", None)
+        free = args.hub_always_push or last is None or last.is_done()  # as Trainer asks before it copies weights
+        if self.is_world_process_zero() and args.hub_strategy != HubStrategy.END and free:
+            self._share(final=False)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _share(self, *, final: bool) -> None:
+        """Writes basis, rule and coefficients to the folder that is pushed."""
+        optimizer, folder = unwrap_optimizer(self.optimizer), Path(self.args.output_dir or ".")
+        made = self._fine_tune(optimizer, final=final) if isinstance(optimizer, SubspaceOptimizer) else None
+        if not self.args.should_save or not isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer):
+            return
+        if made is None:
+            for name in (CONFIG, WEIGHTS):  # of an earlier push
+                (folder / SHARED / name).unlink(missing_ok=True)
+        if self._shared is not optimizer:
+            if made is not None:
+                made.save_beside(folder / SHARED)
+            else:
+                self._save_parts(optimizer, folder / SHARED)
+            self._shared = optimizer
+        if made is not None:
+            HubFiles.save_pretrained(made, folder / SHARED)  # not the basis at each save, which may be gigabytes
+        if isinstance(optimizer, SubspaceOptimizer):
+            _save_coefficients(folder, optimizer)
+
+    def _fine_tune(self, optimizer: SubspaceOptimizer, *, final: bool) -> FineTune | None:
+        """The fine-tune that the run is at; None, with a warning, where coefficients do not say all of it."""
+        elsewhere: dict[str, Any] = {}
+        try:
+            if self._basis_id is not None:
+                commit = commit_of(self._basis_id, local_files_only=True)
+                elsewhere = {"basis_id": self._basis_id, "basis_revision": commit}
+            if self._start is None:
+                raise ValueError(
+                    "the weights that the run began with were not kept; set push_to_hub=True before it trains (after "
+                    "sl2o_warmup_steps they are in no base model), or call save_finetuned with the base model"
+                )
+            start, model = self._start.start(optimizer.basis.layout), self.model
+            assert model is not None
+            if final:
+                return FineTune.settle(optimizer, start, model, **elsewhere)
+            return FineTune.made(optimizer, model, start, **elsewhere)[0]
+        except (ValueError, NotImplementedError, FileNotFoundError) as error:
+            logger.warning("weights are pushed, and no fine-tune for load_finetuned: %s", error)
+            return None
+
+    def _save_parts(self, optimizer: SubspaceOptimizer | LearnedOptimizer, folder: Path) -> None:
+        """Basis and rule of a run that is no fine-tune in coefficients."""
+        inner: Any = optimizer
+        if isinstance(optimizer, SubspaceOptimizer):
+            inner = optimizer.inner
+            whole = self.basis if isinstance(optimizer.basis, ShardedBasis) else optimizer.basis
+            if whole is not None and self._basis_id is None:
+                whole.save_pretrained(folder / BASIS)
+        if isinstance(inner, LearnedOptimizer):
+            inner.rule.save_pretrained(folder / RULE)
+
+    def _keep_start(self) -> None:
+        """Copies the weights of a run that is pushed, before they move; d numbers are nothing without them."""
+        warmed = getattr(self.args, "sl2o_warmup_steps", 0)
+        if self._start is None and self.args.push_to_hub and not warmed and self.model is not None:
+            if not is_sharded(self.model.parameters()):
+                self._start = KeptStart(self.model)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        made = super().create_optimizer(*args, **kwargs)
+        if self.subspace_optimizer is not None:
+            self._keep_start()
+        return made
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if (
+            self.basis is not None
+            or getattr(self.args, "sl2o_basis", None)
+            or "basis=" in (self.args.optim_args or "")
+        ):
+            self._keep_start()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     # Training
 
     def train(  # type: ignore[override]
@@ -198,6 +299,8 @@ class SL2OTrainer(Trainer):
         facts |= {} if self.basis is None else {"basis": basis_facts(self.basis)}
         facts |= {} if self.rule is None else {"rule": rule_facts(self.rule)}
         check_same_on_all_ranks(facts, "training", patience(self.args))
+        if self.optimizer is None or self.model_init is not None:
+            self._start = None  # else the run goes on from the start that it has
         warming = int(getattr(self.args, "sl2o_warmup_steps", 0))
         resume = resume_from_checkpoint
         if resume is True:
@@ -255,6 +358,11 @@ class SL2OTrainer(Trainer):
             set_seed(args.seed)
         basis = Basis.from_pretrained(Path(args.output_dir or ".") / "basis")
         return basis.with_units(args.sl2o_units) if args.sl2o_units else basis
+
+
+def _save_coefficients(folder: Path, optimizer: SubspaceOptimizer) -> None:
+    tensors = {"coefficients": optimizer.coefficients}
+    save_tensors(folder / COEFFICIENTS, tensors, basis=optimizer.basis.fingerprint)
 
 
 def _warmup_arguments(args: SL2OTrainingArguments, folder: Path) -> SL2OTrainingArguments:
