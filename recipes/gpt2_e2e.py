@@ -3,6 +3,9 @@
 python recipes/gpt2_e2e.py --demo                                        # 2 cores, minutes, no download
 python recipes/gpt2_e2e.py --data PATH_TO_CSVS --output_dir outputs/e2e   # real E2E, a tiny GPT-2
 accelerate launch recipes/gpt2_e2e.py --model gpt2 --data hub --bf16     # 124M
+
+With --stage generate the same command, when it is done, decodes with the weights of each run, and adds BLEU, NIST,
+METEOR, ROUGE-L and CIDEr to the comparison.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from hf_sl2o.experiments.data.e2e import (
     load_tokenizer,
     train_tokenizer,
 )
+from hf_sl2o.experiments.generation import generate, still_true
 
 # Baselines may use either coordinates where the paper does not say; the tuned choice stands in comparison.json.
 ARMS: dict[str, Arm] = {
@@ -53,6 +57,17 @@ class RecipeArguments(RecipeFlags):
     model: str = field(default="tiny", metadata={"help": "tiny, gpt2, gpt2-medium, or a path or Hub id."})
     from_scratch: bool = field(default=False, metadata={"help": "Take the architecture, not the weights."})
     tokenizer: str | None = field(default=None, metadata={"help": "Default: the model's; tiny trains its own."})
+    stage: str = field(
+        default="compare",
+        metadata={"help": "compare; or generate, after it: decodes with the weights of each run, and scores that."},
+    )
+    generate_split: str = field(default="validation", metadata={"help": "validation, or test for final numbers."})
+    generate_rows: int | None = field(
+        default=None, metadata={"help": "The first so many meaning representations; default: all."}
+    )
+    generate_batch_size: int = field(
+        default=16, metadata={"help": "Meaning representations at a time, ten beams each."}
+    )
 
     known_arms: ClassVar[Mapping[str, Arm]] = ARMS
 
@@ -130,6 +145,18 @@ class Recipe(Comparison):
             identity=([getattr(recipe, name) for name in names], [fingerprint(split) for split in rows.values()]),
         )
         self.data = {name: {"rows": len(split), "fingerprint": fingerprint(split)} for name, split in rows.items()}
+
+    def run(self) -> dict[str, Any] | None:
+        if self.recipe.stage == "compare":
+            return super().run()
+        flags: Any = self.recipe
+        rows = load_rows(flags.data, flags.generate_split)
+        return generate(
+            self, rows, split=flags.generate_split, limit=flags.generate_rows, batch_size=flags.generate_batch_size
+        )
+
+    def further(self, runs: Mapping[str, Any]) -> dict[str, Any]:
+        return still_true(self.folder, runs)
 
     def full_space(self, name: str, folder: Path, lr: float, seed: int) -> SL2OTrainingArguments:
         args = super().full_space(name, folder, lr, seed)

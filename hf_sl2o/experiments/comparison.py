@@ -246,9 +246,14 @@ class Comparison(Subject):
             "meta_validation": stages.get("meta", {}).get("validation"),
             "explained_variance": stages.get("extract", {}).get("explained_variance"),
             "environment": environment(),
+            **self.further(runs),
         }
         save_json(self.folder / "comparison.json", comparison)
         return comparison
+
+    def further(self, runs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a recipe adds to comparison.json."""
+        return {}
 
     def make_basis(self, stages: dict[str, Any]) -> Basis:
         """Samples and extracts, where the subspace is one of a recorded run; notes in `stages` what it cost."""

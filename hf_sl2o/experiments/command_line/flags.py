@@ -52,6 +52,7 @@ FLAGS: dict[str, Expected] = {
             "generations", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
             "gradient_accumulation_steps", "eval_steps", "logging_steps", "save_steps",
             "image_size", "shuffle_buffer", "processes", "threads", "coordinates", "rounds", "save_total_limit",
+            "generate_rows", "generate_batch_size",
         ),
         whole(1),
     ),
@@ -74,6 +75,8 @@ FLAGS: dict[str, Expected] = {
         lambda value: getattr(value, "value", value) == "steps", "steps: rates are chosen by evaluations"
     ),
     "eval_delay": Expected(lambda value: value == 0, "0: rates are chosen by evaluations"),
+    "stage": Expected(lambda value: value in ("compare", "generate"), "compare or generate"),
+    "generate_split": Expected(lambda value: value in ("validation", "test"), "validation or test"),
     "meta_loss": Expected(lambda value: value in ("sum", "log"), "sum or log"),
 }  # fmt: skip
 
