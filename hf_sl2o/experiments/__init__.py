@@ -4,9 +4,12 @@ Through a Trainer, from an ordinary run to the table (`Comparison`):
 
 - `subject`: what is compared: model, data, loss;  `images`: the same for CIFAR
 - `comparison`: the stages;  `meta_stage`: the one that trains a rule;  `kept/`: what stays on disk between two starts
+- `generation`: sentences from the weights of a comparison's runs, and their scores
 - `arguments`, `arms`: what a comparison is told, and its optimizers;  `tuning`: learning rates and seeds
+- `cards`: what a comparison says for the model card of its rule
 - `levels`, `curves`, `judging`: steps to a loss, and what was paid;  `table`, `figures`, `environment`,
   `timing`: what is written
+- `report/`: a page to look at, from a run or a comparison
 - `command_line/`: flags of recipes and studies;  `data/`: E2E and CIFAR;  `p_bfgs`: a baseline of the paper
 
 In a plain loop, on small tasks (`compare_on`):
