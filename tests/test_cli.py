@@ -1,16 +1,21 @@
 """The command `hf-sl2o`: what it prints for people and as JSON, exit codes, and bad input in one sentence."""
 
 import contextlib
+import doctest
 import io
 import json
 import os
 import re
 import shlex
+import subprocess
+import sys
+import types
 from pathlib import Path
 
 import pytest
 from transformers import GPT2Config, ResNetConfig, T5Config, ViTConfig
 
+import hf_sl2o_command
 from hf_sl2o import cli
 from hf_sl2o.experiments.planning import ALL_STORAGES
 
@@ -176,34 +181,98 @@ def test_bad_input_is_said_in_one_line(capsys, tmp_path, monkeypatch, words, sai
     assert re.search(said, err) and err.startswith("hf-sl2o: ") and err.count("\n") == 1
 
 
-def test_exit_codes(capsys, monkeypatch):
+@pytest.fixture
+def command(monkeypatch):
+    """Adds the command `other`, whose function is the one that is given."""
+
+    def add(run, add_arguments=lambda parser: None):
+        module = types.ModuleType("hf_sl2o.commands.other", "Does something else.")
+        module.run, module.add_arguments = run, add_arguments
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(cli.COMMANDS, "other", "does something else")
+
+    return add
+
+
+def test_exit_codes(capsys, command):
     code, out, err = printed(capsys, "plam")
-    assert code == 2 and not out and "the command is 'plam', expected one of plan; did you mean 'plan'?" in err
-    assert printed(capsys)[0] == 2
+    assert code == 2 and not out and "the command is 'plam', expected one of extract" in err
+    assert err.endswith("; did you mean 'plan'?\n") and printed(capsys)[0] == 2
     for words in (["--help"], ["plan", "--help"]):
         code, out, _ = printed(capsys, *words)
         assert code == 0 and "usage: hf-sl2o" in out
-    code, _, err = printed(capsys, "plan", "--modell", "gpt2")
-    assert code == 2 and "--model" in err
-    for raised, expected in ((OSError("disk"), 1), (KeyboardInterrupt(), 130), (ValueError("bad"), 2)):
+    for raised, expected in ((OSError("disk"), 1), (ImportError("none"), 1), (ValueError("bad"), 2)):
 
         def fails(arguments, raised=raised):
             raise raised
 
-        monkeypatch.setitem(cli.COMMANDS, "other", cli.Command("fails", lambda parser: None, fails))
-        assert printed(capsys, "other")[0] == expected
+        command(fails)
+        code, out, err = printed(capsys, "other")
+        assert code == expected and not out and str(raised) in err and err.count("\n") == 1
+
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    command(interrupted)
+    assert printed(capsys, "other") == (130, "", "")
 
 
-def test_a_further_command_is_two_functions(capsys, monkeypatch):
-    command = cli.Command(
-        "doubles",
-        lambda parser: parser.add_argument("x", type=int),
-        lambda given: ({"x": 2 * given.x}, f"{2 * given.x}!"),
-    )
-    monkeypatch.setitem(cli.COMMANDS, "double", command)
-    assert printed(capsys, "double", "4") == (0, "8!\n", "")
-    assert json.loads(printed(capsys, "double", "4", "--json")[1]) == {"x": 8}
-    assert "double  doubles" in printed(capsys, "--help")[1]
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--modell", "gpt2"], "an option of hf-sl2o plan is '--modell', expected .*; did you mean '--model'?"),
+        (["--model", "gpt2", "--gpu=4"], "did you mean '--gpus'?"),
+        (["--model", "gpt2", "--xyzzy"], "an option of hf-sl2o plan is '--xyzzy', expected one of "),
+        ([], "one of the arguments --model --config is required; see hf-sl2o plan --help"),
+        (["--model", "gpt2", "--dim", "many"], "argument --dim: invalid int value: 'many'; see hf-sl2o plan --help"),
+        (["--model", "gpt2", "extra"], "unrecognized arguments: extra"),
+    ],
+)
+def test_a_mistyped_option_is_answered_in_one_line(capsys, words, said):
+    code, out, err = printed(capsys, "plan", *words)
+    assert code == 2 and not out and re.search(said, err) and err.count("\n") == 1
+
+
+def test_a_further_command_is_two_functions(capsys, command):
+    def doubles(given):
+        print("on the way")
+        return {"x": 2 * given.x, "y": [float("nan")]}, f"{2 * given.x}!"
+
+    command(doubles, lambda parser: parser.add_argument("x", type=int))
+    assert printed(capsys, "other", "4") == (0, "8!\n", "on the way\n")
+    assert json.loads(printed(capsys, "other", "4", "--json")[1]) == {"x": 8, "y": [None]}
+    assert "  other       does something else\n" in printed(capsys, "--help")[1]
+    assert "Does something else." in printed(capsys, "other", "--help")[1]
+
+
+def test_the_examples_of_the_entry_run():
+    text = re.sub(r" *```.*\n", "", hf_sl2o_command.known.__doc__)
+    found = doctest.DocTestRunner().run(doctest.DocTestParser().get_doctest(text, {}, "known", None, 0))
+    assert (found.attempted, found.failed) == (2, 0)
+
+
+def test_every_command_has_a_help_with_an_example(capsys):
+    modules = {path.stem for path in (ROOT / "hf_sl2o" / "commands").glob("*.py")}
+    for name in cli.COMMANDS:
+        assert name.replace("-", "_") in modules
+        code, text, _ = printed(capsys, name, "--help")
+        assert code == 0 and re.search(rf"^    hf-sl2o {name} [\w-]", text, flags=re.MULTILINE), name
+        assert "--json" in text and max(map(len, text.splitlines())) <= 119
+        options = [line for line in text.splitlines() if re.match(r"  --\S+( \S+)?$", line)]
+        assert all(text.splitlines()[text.splitlines().index(line) + 1].startswith("   ") for line in options)
+
+
+def test_the_help_needs_no_torch(tmp_path):
+    def loaded(code):
+        words = [sys.executable, "-X", "importtime", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}"]
+        out = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return {line.rpartition("|")[2].strip() for line in out.stderr.splitlines() if "|" in line}, out
+
+    for words in (["--help"], [], ["plam"]):
+        names, out = loaded(f"import hf_sl2o_command as c; sys.exit(c.main({words}))")
+        assert out.returncode == (0 if words == ["--help"] else 2)
+        assert "hf_sl2o_command" in names and not {"torch", "transformers", "numpy", "hf_sl2o"} & names
+    assert "torch" in loaded("import hf_sl2o.cli")[0]  # a break is seen
 
 
 def test_a_reader_that_has_had_enough_is_no_error(capsys, monkeypatch):

@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("hf_sl2o", "recipes", "benchmarks", "tests")
-LAYERS = ("foundation", "subspace", "rules", "optim", "meta", "training", "analysis", "experiments")
+LAYERS = (
+    "foundation", "subspace", "rules", "optim", "meta", "training", "analysis", "metrics", "experiments", "commands",
+)  # fmt: skip
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 80
 HEAVY = ("datasets", "evaluate", "matplotlib", "sklearn", "peft")
 
