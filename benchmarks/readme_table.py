@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and RESULTS.md from the JSON results; `--check` fails if they differ from these."""
+"""Writes the tables of README.md, RESULTS.md and docs/programs.md from the JSON results; `--check`: do they differ?"""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ BLOCKS = {
     "deit-tiny-2000": ROOT / "recipes" / "results" / "deit_tiny_2000_lora_cifar.json",
     "deit-tiny": ROOT / "recipes" / "results" / "deit_tiny_lora_cifar.json",
     "gpu": ROOT / "benchmarks" / "results" / "gpu.json",
+    "peft-tuners": ROOT / "benchmarks" / "results" / "peft_tuners.json",
     **{name.replace("_", "-"): ROOT / "recipes" / "results" / f"study_{name}.json" for name in STUDIES},
 }
 
@@ -281,6 +282,33 @@ def vision(result: dict) -> str:  # type: ignore[type-arg]
     )
 
 
+def peft_tuners(result: dict) -> str:  # type: ignore[type-arg]
+    """A row for each tuner: whether it trains, what it needs, and its losses."""
+    lines = ["| tuner | | numbers | loss at the start | sl2o | AdamW | its rate |", "|---|---|---|---|---|---|---|"]
+    rows, rates = result["tuners"], result["rates"]
+    verdicts = []
+    for name, row in rows.items():
+        trains = row["trains"]
+        verdict = "trains" if trains["sl2o"] else "moves little" + ("" if trains["adamw"] else ", also with AdamW")
+        verdict = verdict if row["error"] is None else "does not run here"
+        verdicts.append(verdict.partition(",")[0])
+        more = f"; needs {row['needs']}" if row["needs"] else f": {row['error']}" if row["error"] else ""
+        cells = [name, verdict + more]
+        cells.append(str(row.get("trainable", "")))
+        cells += ["" if row.get(key) is None else f"{row[key]:.3g}" for key in ("start", "sl2o", "adamw")]
+        lines.append(f"| {' | '.join(cells)} | {row.get('adamw_rate', '')} |")
+    edge = sum(row.get("adamw_rate") in (min(rates), max(rates)) for row in rows.values())
+    counts = ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in dict.fromkeys(verdicts))
+    return "\n".join(lines) + (
+        f"\n\nOf {len(rows)}: {counts}. Trains: the loss falls by more than {100 * result['least']:g} %. PEFT "
+        f"{result['environment']['versions']['peft']}, {result['steps']} steps, one seed; AdamW at the best of "
+        f"{', '.join(f'{rate:g}' for rate in rates)}, for {edge} at the edge of these, where a better one may lie "
+        f"outside. "
+        + (f"Not tried: {', '.join(result['not_tried'])}. " if result["not_tried"] else "")
+        + f"{made_at(result)}."
+    )
+
+
 MAKE = {
     "resnet8": vision,
     "resnet20-cores": vision,
@@ -290,6 +318,7 @@ MAKE = {
     "deit-tiny-2000": vision,
     "deit-tiny": vision,
     "gpu": gpu,
+    "peft-tuners": peft_tuners,
     "e2e": e2e,
     **{name.replace("_", "-"): rows_of for name in TIMED},
     "rule-default": rule,
@@ -321,8 +350,8 @@ def render(text: str) -> str:
 
 
 def main(check: bool) -> str | None:
-    """Renders both files; with `check` says which one differs instead."""
-    for name in ("README.md", "RESULTS.md"):
+    """Renders the files; with `check` says which one differs instead."""
+    for name in ("README.md", "RESULTS.md", "docs/programs.md"):
         path = ROOT / name
         old = path.read_text(encoding="utf-8")
         if check and render(old) != old:
