@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import pkgutil
 import re
@@ -22,11 +23,12 @@ import hf_sl2o.experiments
 from hf_sl2o.foundation.files import load_json
 
 ROOT = Path(__file__).parent.parent
+OF_SITE = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 PAGES = {
     name: (ROOT / name).read_text(encoding="utf-8")
     for name in (
-        "README.md", "RESULTS.md", "CONTRIBUTING.md", "docs/guide.md", "docs/compare.md", "docs/plan.md",
-        "recipes/README.md", "recipes/results/README.md",
+        "README.md", "RESULTS.md", "REPRODUCTION.md", "CONTRIBUTING.md", "recipes/README.md",
+        "recipes/results/README.md", "findings/README.md", *OF_SITE,
     )
 }  # fmt: skip
 README = PAGES["README.md"]
@@ -94,9 +96,41 @@ def test_the_rates_that_the_readme_calls_best_are():
     assert f"sl2o {subspace['sl2o']:.2f}, tuned AdamW {tuned[0]:.2f}" in README
 
 
+def outputs(page):
+    """Lines of the `text` blocks that follow a block of Python: what that prints."""
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", PAGES[page], flags=re.DOTALL | re.MULTILINE)
+    return [
+        line
+        for (before, _), (language, text) in itertools.pairwise(fences)
+        if (before, language) == ("python", "text")
+        for line in text.splitlines()
+        if line.strip()
+    ]
+
+
+def check_said(said, printed):
+    """All lines that a page shows are printed, in that order; decimals may differ by a twentieth, or by 0.05."""
+    lines = iter(printed)
+    for line in said:
+        words = re.sub(NUMBER, "#", line).split()
+        same = next((other for other in lines if re.sub(NUMBER, "#", other).split() == words), None)
+        assert same is not None, f"{line!r} is on the page, and not printed: {printed}"
+        numbers, shown = ([float(x) for x in re.findall(NUMBER, text)] for text in (same, line))
+        assert numbers == pytest.approx(shown, rel=0.05, abs=0.05), (same, line)
+
+
+def test_what_a_page_shows_is_compared():
+    check_said(["loss 3.87", "(20,)"], ["noise", "loss 3.85", "(20,)"])
+    for printed in (["loss 3.87"], ["(20,)", "loss 3.87"], ["loss 3.47", "(20,)"], ["Loss 3.87", "(20,)"]):
+        with pytest.raises(AssertionError):
+            check_said(["loss 3.87", "(20,)"], printed)
+
+
+# The table of docs/compare.md has a test of its own.
 @pytest.mark.slow
-def test_the_guide_runs(tmp_path):
-    assert blocks("docs/guide.md", "text")[0].strip() in printed_by("docs/guide.md", tmp_path)
+@pytest.mark.parametrize("page", [page for page in OF_SITE if blocks(page, "python") and page != "docs/compare.md"])
+def test_a_page_runs_and_prints_what_it_says(page, tmp_path):
+    check_said(outputs(page), printed_by(page, tmp_path))
 
 
 @pytest.mark.slow
@@ -116,6 +150,8 @@ def test_the_comparison_of_the_how_to_runs_and_prints_its_table(tmp_path):
 
 
 def commands(page):
+    if page in ("docs/launch.md", "docs/programs.md"):  # tests/test_launch.py and test_programs.py run those
+        return []
     text = "\n".join(blocks(page, "bash")).replace("\\\n", " ")
     return [line.split(" #")[0].strip() for line in text.splitlines() if line.split(" #")[0].strip()]
 
@@ -138,9 +174,10 @@ def test_shell_commands_exist(page, monkeypatch):
         if words[0] == "make":
             assert set(words[1:]) <= targets, line
             continue
-        if words[:2] == ["pip", "install"] or words[0] == "hf-sl2o":  # tests/test_cli.py runs those
+        # tests/test_cli.py runs those of hf-sl2o; an earlier commit is checked out to stand beside today's
+        if words[:2] == ["pip", "install"] or words[0] == "hf-sl2o" or words[:3] == ["git", "worktree", "add"]:
             continue
-        assert words[0] in ("python", "accelerate"), line
+        assert words[0] in ("python", "accelerate", "torchrun"), line
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         assert (ROOT / words[at]).is_file(), line
         if "--config_file" in words[:at]:
