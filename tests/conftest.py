@@ -19,7 +19,8 @@ LONGEST = (
     "test_recipe", "test_docs", "test_resnet_recipe", "test_benchmarks", "test_vit_recipe", "test_fuzz", "test_ranks",
     "test_distributed", "test_launch", "test_fsdp2", "test_meta_recipes", "test_meta_distributed", "test_hooks",
     "test_comparison", "test_kept_run", "test_benchmark_meta", "test_kills", "test_run", "test_vit_imagenet",
-    "test_files", "test_hub", "test_trainer",
+    "test_files", "test_hub", "test_trainer", "test_programs_trl", "test_programs", "test_programs_peft", "test_site",
+    "test_commands_tasks", "test_commands_hub", "test_commands_page", "test_report_browser", "test_generate",
 )  # fmt: skip
 
 
