@@ -165,7 +165,8 @@ def test_an_interrupted_command_leaves_nothing(capsys, trajectory, tmp_path, mon
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_ends_a_real_process_with_130():
     code = f"""if True:
-        import sys, time, types
+        import signal, sys, time, types
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job begins with it ignored
         sys.path.insert(0, {str(ROOT)!r})
         import hf_sl2o_command
         def waits(name, words):
