@@ -29,7 +29,6 @@ from hf_sl2o.experiments.planning import (
     subspace_traffic,
     wire_bytes,
 )
-from hf_sl2o.optim import _weights
 from hf_sl2o.subspace.quantized import BLOCK
 
 from .conftest import random_dense, tiny_gpt2
@@ -188,7 +187,7 @@ class _Moved(TorchDispatchMode):
 
 @pytest.mark.parametrize(("dtype", "passes"), [(torch.float32, 7), (torch.bfloat16, 4)], ids=["fp32", "bf16"])
 def test_passes_over_the_weights_back_to_the_last_step(dtype, passes, monkeypatch):
-    monkeypatch.setattr(_weights, "column_sums", lambda tensors: None)  # what a compiled loop reads is not seen here
+    monkeypatch.setattr("hf_sl2o.optim._weights.column_sums", lambda tensors: None)  # a compiled loop is not seen here
     module = nn.Linear(1220, 500, bias=False).to(dtype)  # of a multiple of 61, so that a sum reads each number once
     basis = RandomBasis(Layout.from_named_parameters(module.named_parameters()), 2)
     optimizer = SubspaceOptimizer(module, basis, lambda c: torch.optim.SGD(c, lr=0.1), average=4.0)
@@ -201,9 +200,8 @@ def test_passes_over_the_weights_back_to_the_last_step(dtype, passes, monkeypatc
         optimizer._weights.to_last(optimizer._c.detach() - optimizer._mean)
     size = module.weight.nbytes
     assert moved.bytes / size == pytest.approx(passes + 1, rel=0.01)  # and a sum to know it by
-    # publish 4 (8 below fp32), and what sees changes 5 (10) beside them
-    whole = subspace_traffic(model_of(module), 0, average=True) / size - 1
-    assert whole == passes + (9 if dtype == torch.float32 else 18)
+    beside = 9 if dtype == torch.float32 else 18  # publish 4 (8 below fp32), and what sees changes 5 (10)
+    assert subspace_traffic(model_of(module), 0, average=True) / size - 1 == passes + beside
 
 
 # Bases
