@@ -82,7 +82,8 @@ def run(entries: Sequence[Entry], options: Any) -> None:
     lock = threading.Lock()
 
     def one(entry: Entry, name: str, words: list[str]) -> str | None:
-        print(f"{entry.name}: {shlex.join(words)}", flush=True)
+        with lock:  # a line of its own
+            print(f"{entry.name}: {shlex.join(words)}", flush=True)
         process = subprocess.Popen(words, cwd=ROOT, env=environment)
         # processor seconds: what else the machine does makes them no longer
         _, status, usage = os.wait4(process.pid, 0)

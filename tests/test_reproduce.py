@@ -69,6 +69,30 @@ def test_other_numbers_change_the_verdict():
     assert supplement.table_2(symbolic)[0] == NOT  # the one of 12 is longer than the paper's
 
 
+def test_a_lead_within_the_seeds_is_no_lead():
+    def runs(loss, accuracy):
+        return {
+            "resnet8_cifar": {
+                "runs": {
+                    arm: {
+                        "eval_per_seed": [[[0, 2.3], [60, value + jitter], [75, 9.0]] for jitter in (-0.01, 0, 0.01)],
+                        "test_accuracy_per_seed": [share + jitter for jitter in (-0.002, 0, 0.002)],
+                    }
+                    for arm, value, share in (
+                        ("sl2o", loss, accuracy), ("subspace_momentum", 1.0, 0.64), ("momentum", 1.6, 0.63),
+                    )
+                }
+            }
+        }  # fmt: skip
+
+    word, text = supplement.figure_1(runs(0.98, 0.65))
+    assert word == SMALL and "+0.020, seeds ± 0.010" in text and "+1.0 points, seeds ± 0.2" in text
+    assert supplement.figure_1(runs(0.995, 0.65))[0] == NOT  # 0.005 lower, and the seeds differ by 0.010
+    assert supplement.figure_1(runs(0.98, 0.641))[0] == NOT
+    word, text = supplement.figure_1(runs(1.2, 0.62))
+    assert word == NOT and "`subspace_momentum` (1.000" in text and "-2.0 points" in text
+
+
 def test_what_is_there_is_not_run_again_and_the_page_is_written(tmp_path, monkeypatch, capsys):
     script = tmp_path / "work.py"
     script.write_text(
