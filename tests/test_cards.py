@@ -115,6 +115,19 @@ def test_other_numbers_make_another_card(tmp_path):
     assert len(card_from_comparison(tmp_path / "comparison.json")["eval_results"]) == 1
 
 
+def test_results_of_another_rule_are_refused(rule, tmp_path):
+    comparison = json.loads((RESULTS / "gpt2_e2e.json").read_text())
+    comparison["runs"]["sl2o"]["rule"] = rule.fingerprint
+    (tmp_path / "comparison.json").write_text(json.dumps(comparison))
+    kwargs = card_from_comparison(tmp_path / "comparison.json")
+    rule.save_pretrained(tmp_path / "own", model_card_kwargs=kwargs)
+    another = Rule.from_pretrained(SHIPPED_RULES / "default")
+    words = f"fingerprint '{rule.fingerprint}', and this LSTMRule has {another.fingerprint}"
+    with pytest.raises(ValueError, match=words):
+        another.save_pretrained(tmp_path / "another", model_card_kwargs=kwargs)
+    assert not (tmp_path / "another").exists()
+
+
 def test_what_is_no_comparison_or_no_rule_is_refused(tmp_path):
     path = RESULTS / "gpt2_e2e.json"
     for arm in ("adamw", "symbolic", "absent"):

@@ -17,7 +17,8 @@ from .table import table
 def card_from_comparison(path: str | Path, arm: str = "sl2o", dataset: str | None = None) -> dict[str, Any]:
     """Returns `model_card_kwargs` for the rule of an arm: every number is one of the comparison's.
 
-    The rule is not looked at: give the card to the one that the comparison has trained, or was given, for this arm.
+    The card belongs to the rule that took part: another one refuses it, where the file names the
+    rule of each arm.
 
     The card says what the rule was trained on, how it was evaluated, the table of all arms, what was paid before the
     first step, and limits. The figure beside the file goes with it: `comparison.png` for `comparison.json`.
@@ -57,6 +58,8 @@ def card_from_comparison(path: str | Path, arm: str = "sl2o", dataset: str | Non
         "eval_results": eval_results(comparison, arm, dataset),
         "model_name": f"SL2O rule ({arm})",
     }
+    if "rule" in comparison["runs"][arm]:
+        kwargs["fingerprint"] = comparison["runs"][arm]["rule"]
     if dataset is not None and _trained_here(comparison, arm):
         kwargs["datasets"] = [dataset]
     return {**kwargs, "figure": figure} if figure.is_file() else kwargs

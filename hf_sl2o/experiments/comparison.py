@@ -217,6 +217,8 @@ class Comparison(Subject):
                 "average": seeds[0].get("average", 0.0),
                 **summary(tuned, means, seeds),
             }
+            if (own := self.rule_of(name, arm, rule)) is not None:
+                runs[name]["rule"] = own.fingerprint
             units, lr = best = next(iter(means))
             self.publish(name, best)
             print(f"  {name}: {units} lr {lr:g}, validation loss {runs[name]['final_eval_loss']:.4f}", flush=True)

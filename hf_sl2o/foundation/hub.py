@@ -73,6 +73,12 @@ class HubFiles(
 
     def generate_model_card(self, **model_card_kwargs: Any) -> ModelCard:  # type: ignore[override]
         """Returns the model card; `model_card_kwargs` as in [`~HubFiles.save_pretrained`]."""
+        of, own = model_card_kwargs.pop("fingerprint", None), getattr(self, "fingerprint", None)
+        if of not in (None, own):
+            raise ValueError(
+                f"the card's results are of the fingerprint {shown(of)}, and this {type(self).__name__} has {own}; "
+                "save the one that they are of, or give results of this one"
+            )
         return make_card(self._hub_mixin_info.model_card_data, {**self.card(), **model_card_kwargs})
 
     def _card(self, repo_id: str | None, model_card_kwargs: dict[str, Any] | None) -> ModelCard:
@@ -105,14 +111,16 @@ class HubFiles(
             model_card_kwargs (`dict[str, Any]`, *optional*): What the card says instead of, or beside, what
                 [`~HubFiles.card`] has: texts (`title`, `summary`, `usage`, `training`, `evaluation`, `limits`,
                 `details`), `figure` (the path of a PNG image, which is copied to comparison.png), and metadata, as
-                `huggingface_hub.ModelCardData` takes them (`license`, `datasets`, `eval_results` and so on).
+                `huggingface_hub.ModelCardData` takes them (`license`, `datasets`, `eval_results` and so on). With
+                `fingerprint` it is refused by all but the rule or basis that has it.
             **push_to_hub_kwargs: As for [`~HubFiles.push_to_hub`].
 
         Returns:
             The URL of the commit with `push_to_hub=True`, else None.
 
         Raises:
-            `ValueError`: a setting is NaN or Infinity (named); it could not be loaded again. Or the figure is no PNG.
+            `ValueError`: a setting is NaN or Infinity (named); it could not be loaded again. Or the figure is no PNG,
+                or the card that of another rule or basis.
             `TypeError`: `model_card_kwargs` has an unknown entry (named).
         """
         folder = Path(save_directory)
