@@ -6,6 +6,7 @@ This module stands beside the package, since an import of anything in it registe
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Iterable, Sequence
 
@@ -50,6 +51,20 @@ def help_text() -> str:
     return "\n".join(["usage: hf-sl2o COMMAND ...", "", *lines, "", "hf-sl2o COMMAND --help says more."])
 
 
+def put(text: str) -> None:
+    """Prints to stdout at once; that a reader has had enough, as `head` has, is no error.
+
+    Raises:
+        `OSError`: it cannot be written, such as to a full disk.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else it is tried again at the end
+        if not isinstance(error, BrokenPipeError):
+            raise
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0 done, 1 failed, 2 bad input, 130 interrupted.
 
@@ -60,10 +75,13 @@ def main(words: Sequence[str] | None = None) -> int:
         `SystemExit`: the help of a command was printed (0).
     """
     words = sys.argv[1:] if words is None else list(words)
-    if not words or words[0] in ("-h", "--help"):
-        print(help_text(), file=sys.stdout if words else sys.stderr)
-        return 0 if words else 2
+    if not words:
+        print(help_text(), file=sys.stderr)
+        return 2
     try:
+        if words[0] in ("-h", "--help"):
+            put(help_text())
+            return 0
         known("the command", words[0], COMMANDS)
         from hf_sl2o.cli import run_command
 
@@ -71,6 +89,9 @@ def main(words: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"hf-sl2o: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:  # the help could not be printed
+        print(f"hf-sl2o failed: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

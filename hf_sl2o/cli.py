@@ -11,12 +11,11 @@ import argparse
 import contextlib
 import importlib
 import json
-import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from hf_sl2o_command import COMMANDS, known, main
+from hf_sl2o_command import COMMANDS, known, main, put
 
 from .commands.words import finite
 
@@ -28,6 +27,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help")
+
+    def print_help(self, file: Any = None) -> None:
+        put(self.format_help().rstrip("\n"))
 
     def parse_strict(self, words: Sequence[str]) -> argparse.Namespace:
         """Returns the arguments; an unknown option is named before one that is missing.
@@ -65,12 +67,10 @@ def run_command(name: str, words: Sequence[str]) -> int:
         arguments = parser_of(name).parse_strict(words)
         with contextlib.redirect_stdout(sys.stderr):  # what libraries and stages say of their progress
             facts, text = arguments.run(arguments)
-        print(json.dumps(finite(facts), indent=2, allow_nan=False) if arguments.json else text, flush=True)
-    except BrokenPipeError:  # whoever reads has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        put(json.dumps(finite(facts), indent=2, allow_nan=False) if arguments.json else text)
     except FileNotFoundError as error:
         raise ValueError(_line(error)) from error
-    except (OSError, RuntimeError, ImportError, NotImplementedError) as error:
+    except (OSError, RuntimeError, ImportError, FloatingPointError, MemoryError) as error:
         print(f"hf-sl2o {name} failed: {_line(error)}", file=sys.stderr)
         return 1
     return 0

@@ -154,6 +154,11 @@ def test_the_sentences_on_top_name_what_is_fastest(capsys, tiny):
         (["--config", "{folder}/list.json"], "expected a model's configuration, and found"),
         (["--config", "{folder}/unknown.json"], "expected a model's configuration, and found"),
         (["--config", "{folder}/broken.json"], "no model can be made of this GPT2Config"),
+        (
+            ["--config", "{folder}/word.json"],
+            "and found: Validation error for field 'n_embd': .* expected int, got str",
+        ),
+        (["--config", "{folder}/activation.json"], "no model can be made of this GPT2Config: 'zz' is unknown"),
         (["--config", "{folder}/t5"], "the configuration is a T5Config, expected that of a causal language model"),
         (["--config", "no-such/model"], "expected a model's configuration, and found"),
         (["--model", "gpt2", "--dim", "200000000"], "--dim is 200000000, expected an integer from 1 to 124439808"),
@@ -175,6 +180,8 @@ def test_bad_input_is_said_in_one_line(capsys, tmp_path, monkeypatch, words, sai
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "unknown.json").write_text('{"model_type": "nothing-such"}')
     (tmp_path / "broken.json").write_text(json.dumps({"model_type": "gpt2", "n_embd": 30, "n_head": 7}))
+    (tmp_path / "word.json").write_text('{"model_type": "gpt2", "n_embd": "wide"}')
+    (tmp_path / "activation.json").write_text('{"model_type": "gpt2", "n_layer": 1, "activation_function": "zz"}')
     T5Config(num_layers=1).save_pretrained(tmp_path / "t5")
     code, out, err = printed(capsys, "plan", *(word.format(folder=tmp_path) for word in words))
     assert code == 2 and not out
@@ -201,7 +208,8 @@ def test_exit_codes(capsys, command):
     for words in (["--help"], ["plan", "--help"]):
         code, out, _ = printed(capsys, *words)
         assert code == 0 and "usage: hf-sl2o" in out
-    for raised, expected in ((OSError("disk"), 1), (ImportError("none"), 1), (ValueError("bad"), 2)):
+    failures = (OSError("disk"), BrokenPipeError("wire"), FloatingPointError("inf"), MemoryError("full"))
+    for raised, expected in (*((error, 1) for error in failures), (ImportError("none"), 1), (ValueError("bad"), 2)):
 
         def fails(arguments, raised=raised):
             raise raised
@@ -275,13 +283,34 @@ def test_the_help_needs_no_torch(tmp_path):
     assert "torch" in loaded("import hf_sl2o.cli")[0]  # a break is seen
 
 
-def test_a_reader_that_has_had_enough_is_no_error(capsys, monkeypatch):
+WORDS = (["--help"], ["plan", "--help"], ["plan", "--model", "gpt2", "--gpus", "1"])
+
+
+def code_of(words):
+    try:
+        return cli.main(words)
+    except SystemExit as error:
+        return error.code
+
+
+@pytest.mark.parametrize("words", WORDS, ids=" ".join)
+def test_a_reader_that_has_had_enough_is_no_error(capsys, monkeypatch, words):
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w", encoding="utf-8") as closed:
         monkeypatch.setattr("sys.stdout", closed)
-        assert cli.main(["plan", "--model", "gpt2", "--gpus", "1"]) == 0
+        assert code_of(words) == 0
     assert not capsys.readouterr().err
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has a disk that is always full")
+@pytest.mark.parametrize("words", WORDS, ids=" ".join)
+def test_a_full_disk_is_said_in_one_line(capsys, monkeypatch, words):
+    with open("/dev/full", "w", encoding="utf-8") as full:  # what is left in its buffer is not tried again
+        monkeypatch.setattr("sys.stdout", full)
+        assert code_of(words) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("hf-sl2o") and "failed: [Errno 28]" in err and err.count("\n") == 1
 
 
 def blocks(language):

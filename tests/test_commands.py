@@ -115,6 +115,11 @@ def test_extract_takes_the_storage_that_fits(capsys, trajectory):
         (["run/trajectory", "basis", "--dim", "0"], "--dim is 0"),
         (["run/trajectory", "basis", "--storage", "int9"], r"did you mean 'int[48]'\?"),
         (["run/trajectory", "basis", "--storage", "auto"], "--budget is missing; give both"),
+        (["run/trajectory", ".", "--dim", "4"], r"OUTPUT is \., a folder that is not empty"),
+        (
+            ["run/trajectory", "basis", "--dim", "86", "--budget", "9" * 400],
+            "dim is 86, .* has numerical rank 11",
+        ),
         (["run/trajectory", "basis", "--budget", "lots"], "'lots' is no size; write bytes, or a number with kB"),
         (
             ["run/trajectory", "basis", "--dim", "4", "--budget", "10"],
@@ -134,6 +139,30 @@ def test_extract_refuses_in_one_line(capsys, trajectory, tmp_path, words, expect
     assert code == 2 and not out and re.search(expected, err.splitlines()[-1]), err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "run"]
     assert (tmp_path / "full" / "file").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_replaced_is_said_before_the_fit(capsys, trajectory, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_sl2o.commands.extract.fit_basis", None)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    words = ("extract", "../run/trajectory")
+    assert "OUTPUT is ., the folder that you are in, which no other can replace" in said(capsys, *words, ".")
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "volume")
+    assert "OUTPUT is ../volume, a mount point" in said(capsys, *words, "../volume")
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    (tmp_path / "empty").mkdir()
+    assert f"nothing can be written into {tmp_path}; give another folder" in said(capsys, *words, "../empty")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links, and names of 255 bytes")
+def test_a_link_to_an_empty_folder_and_a_long_name_are_written(capsys, trajectory, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for name in ("link", "n" * 250):
+        assert printed(capsys, "extract", "run/trajectory", name, "--dim", "4")[0] == 0
+        assert Basis.from_pretrained(name).dim == 4
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "config.json").is_file()
 
 
 def test_a_damaged_trajectory_costs_nothing(capsys, trajectory, tmp_path):
@@ -263,6 +292,9 @@ def test_inspect_says_what_a_checkpoint_is(capsys, tmp_path):
     (tmp_path / "out" / "checkpoint-2" / "optimizer.pt").unlink()
     found = rows(printed(capsys, "inspect", "out/checkpoint-2")[1])
     assert found["step"] == "2 of 2" and found["resumable"].startswith("no optimizer state")
+    save_file({"c": torch.zeros(3)}, "out/checkpoint-2/coefficients.safetensors")
+    err = said(capsys, "inspect", "out/checkpoint-2")
+    assert "the tensor 'coefficients' of out/checkpoint-2/coefficients.safetensors cannot be read" in err
 
 
 def test_inspect_reads_any_safetensors(capsys):
@@ -288,6 +320,12 @@ def test_inspect_reads_results(capsys):
     code, text, err = printed(capsys, "inspect", "own")
     assert code == 0, err
     assert "  a       0.25 at rate 0.3\n  b       diverged at rate 3" in text and "50 % of the trajectory's" in text
+    odd = {"recipe": {}, "runs": {"c": {**run, "final_eval_loss": 0.5}, "b": bad, "a": run}, "environment": None}
+    odd["runs"]["b"]["final_eval_loss"] = float("nan")
+    for value in (None, {"versions": [1]}):  # NaN is no loss that others are compared with
+        Path("own/comparison.json").write_text(json.dumps({**odd, "environment": value}))
+        text = printed(capsys, "inspect", "own")[1]
+        assert re.findall(r"^  (\w) +(\S+)", text, flags=re.M) == [("a", "0.25"), ("c", "0.5"), ("b", "diverged")]
     save_json("own/comparison.json", {"recipe": {}, "runs": {"a": {"learning_rate": 1.0}}})
     assert "is no whole comparison (KeyError: 'final_eval_loss'); restore it" in said(capsys, "inspect", "own")
 
@@ -301,12 +339,15 @@ def test_inspect_refuses_in_one_line(capsys, tmp_path, trajectory):
     save_json("list.json", [1])
     save_json("other.json", {"a": 1})
     (tmp_path / "empty").mkdir()
+    save_json("meta/checkpoint.json", {"progress": {"epoch": 3}, "checksum": "0" * 64})
     for what, expected in {
         "changed": "changed/model.safetensors has sha256",
         "text.txt": "text.txt is a file of another kind; expected a rule, a basis",
         "list.json": "holds a JSON list, expected an object",
         "other.json": "other.json is a file of another kind",
         "empty": "empty is a folder of another kind; expected a rule, a basis",
+        "./": "a comparison, or a .safetensors file; look into ",
+        "meta": "meta/checkpoint.json says its checksum is 0000000000000000..., its content has",
         "defalt": "no file or folder here, no rule that ships (default, default-lora",
         "no/such.json": "no file or folder here",
         "no/such/folder": "no file or folder here",

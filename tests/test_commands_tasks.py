@@ -22,7 +22,7 @@ QUICK = ("--tasks", "tiny", "--meta-epochs", "2", "--inner-steps", "20", "--eval
 
 def small(data):
     """Least squares in 60 numbers: 60 steps of AdamW take a tenth of a second."""
-    truth = torch.linspace(-1, 1, 60)
+    truth = torch.linspace(-1, 1, 60) * (1.0 if data == "embedded" else 10.0)
 
     def batches(part, seed):
         generator = torch.Generator().manual_seed(seed % 2**31)
@@ -178,6 +178,41 @@ def test_meta_train_leaves_other_folders_alone(capsys):
     assert {path.name: path.read_bytes() for path in Path("mine").iterdir()} == before
 
 
+def test_meta_train_goes_on_only_as_it_began(capsys, tmp_path):
+    words = ("meta-train", "made", "--tasks", "tiny-full", "--meta-epochs", "1", "--inner-steps", "20", "--use-cpu")
+    made = as_json(capsys, *words)
+    before = {path: path.read_bytes() for path in Path("made").rglob("*") if path.is_file()}
+    err = said(capsys, *words, "--data", tmp_path)
+    assert "made, where a meta-training began with data 'embedded', and this one has 'folder-" in err
+    assert str(tmp_path) not in err
+    Rule.from_config(load_rule("default-lora", with_basis=False).config).save_pretrained("other")
+    assert "began with rule 'preset-default-lora', and this one has" in said(capsys, *words, "--rule", "other")
+    assert {path: path.read_bytes() for path in Path("made").rglob("*") if path.is_file()} == before
+    assert as_json(capsys, *words)["fingerprint"] == made["fingerprint"]
+    (Path("made") / "tasks" / "begun.json").unlink()  # an earlier version wrote none
+    assert as_json(capsys, *words)["fingerprint"] == made["fingerprint"]
+    # a start that was ended before its first checkpoint binds nothing
+    Path("new/tasks").mkdir(parents=True)
+    Path("new/tasks/begun.json").write_text('{"data": "embedded", "rule": "other"}')
+    assert as_json(capsys, words[0], "new", *words[2:])["fingerprint"] == made["fingerprint"]
+
+
+@pytest.mark.parametrize("command", [("meta-train", *QUICK), ("compare", "--tasks", "tiny", "--steps", "10")])
+def test_a_folder_of_something_else_is_left_alone(capsys, command):
+    name, *words = command
+    results = {"comparison.json": '{"recipe": {}, "runs": {"adamw": {}}}', "comparison.png": "mine"}
+    project = {"main.py": "mine", "config.json": "{}", "tasks/a": "mine", "runs/a": "mine"}
+    for folder, files in {"results": results, "project": project}.items():
+        for file, text in files.items():
+            path = Path(folder, file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        err = said(capsys, name, folder, *words)
+        assert re.search(rf"OUTPUT is {folder}, which holds 'com?.*' and no .* that could go on; give a new", err)
+        found = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*") if path.is_file()}
+        assert {file: path.read_text() for file, path in found.items()} == files
+
+
 def test_every_setting_of_meta_training_is_an_option(capsys):
     with pytest.raises(SystemExit):
         main(["meta-train", "--help"])
@@ -226,6 +261,25 @@ def test_compare_of_all_weights_takes_the_other_rule(capsys):
     (entry,) = facts["tasks"].values()
     assert entry["rule"]["fingerprint"] == load_rule("default-lora", with_basis=False).fingerprint
     assert entry["runs"]["adamw_2e-4"]["learning_rate"] == 2e-4
+
+
+def test_other_data_are_other_runs(capsys, tmp_path):
+    """A task of all weights has one basis whatever its data."""
+    words = ("compare", "out", "--tasks", "tiny-full", "--steps", "10", "--seeds", "1", "--arms", "adamw_2e-4")
+    losses = [
+        as_json(capsys, *words, *data)["tasks"]["tiny-full"]["runs"]["sl2o"]["final_eval_loss"]
+        for data in ((), ("--data", tmp_path), ())
+    ]
+    assert losses[1] > 20 * losses[0] and losses[2] == losses[0]
+
+
+def test_a_rule_that_diverges_is_said_in_a_sentence(capsys):
+    config = dataclasses.replace(load_rule("default-lora", with_basis=False).config, output_scale=1e25)
+    Rule.from_config(config).save_pretrained("wild")
+    words = ("compare", "out", "--tasks", "tiny-full", "--steps", "30", "--seeds", "1", "--arms", "adamw_2e-4")
+    code, out, err = printed(capsys, *words, "--rule", "wild")
+    assert code == 1 and not out
+    assert err.splitlines()[-1].startswith("hf-sl2o compare failed: sl2o diverged on tiny-full; give another rule")
 
 
 @pytest.mark.parametrize(

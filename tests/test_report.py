@@ -20,7 +20,7 @@ from hf_sl2o.experiments import Arm, Comparison, ComparisonArguments, grid, trai
 from hf_sl2o.experiments.report import report_on, write_figures, write_page
 from hf_sl2o.experiments.report.page import MOST_BYTES, page
 from hf_sl2o.experiments.report.parts import Bar, Bars, Chart, Curve, Report, Section
-from hf_sl2o.foundation.files import load_json, save_json
+from hf_sl2o.foundation.files import load_json, save_json, save_tensors
 
 from .test_trainer import run
 
@@ -121,6 +121,36 @@ def test_a_damaged_checkpoint_is_left_out_and_said(trained, tmp_path):
         report_on(folder)
 
 
+def test_what_is_left_out_is_named_from_any_folder(trained, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    (folder / "checkpoint-6" / "trainer_state.json").write_text("{")
+    (folder / "trainer_state.json").write_text("[]")
+    monkeypatch.chdir(folder)
+    for output in (".", folder):
+        first, second = [part for part in report_on(output).sections[0].parts if isinstance(part, str)]
+        assert first.startswith("Left out: run/trainer_state.json holds a JSON list")
+        assert second.startswith("Left out: checkpoint-6/trainer_state.json is not valid JSON")
+
+
+def test_the_log_of_another_program_is_no_meta_training(trained, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "run")
+    save_json(tmp_path / "run" / "log.json", [{"started": 1}])
+    assert report_on(tmp_path / "run").kind == "a run of a Trainer"
+
+
+def test_thousands_of_coefficients_stay_below_a_megabyte(tmp_path):
+    for step in range(1, 61):
+        at = tmp_path / "run" / f"checkpoint-{step}"
+        values = torch.arange(3000, 0, -1).float() * step
+        save_tensors(at / "coefficients.safetensors", {"coefficients": values})
+        save_json(at / "trainer_state.json", {"global_step": step, "log_history": []})
+    paths = figure(report_on(tmp_path / "run"), "Paths of the coefficients")
+    assert paths.note.endswith("Named: the 8 largest at the end; grey: the next 200 of the other 2,992.")
+    assert paths.faint[-1][-1] == (60.0, 60.0 * (3000 - 207))
+    assert len(page_of(tmp_path / "run", tmp_path).encode()) < MOST_BYTES
+
+
 def test_a_comparison_from_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     x = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
@@ -184,6 +214,12 @@ def test_a_meta_training(tmp_path):
     assert len(first) == 2 and ends.points[0] == (0, pytest.approx(sum(first) / 2))
     assert (ends.low[0], ends.high[0]) == (min(first), max(first))
     assert "&lt;counting&gt;" in page_of(tmp_path / "rule", tmp_path)
+
+
+def test_the_best_score_is_a_number(tmp_path):
+    log = [{"meta_epoch": i, "score": score} for i, score in enumerate((math.nan, 0.7, math.inf, 0.5))]
+    save_json(tmp_path / "log.json", log)
+    assert texts(report_on(tmp_path)).startswith("Best score 0.5, of the rule after 3 meta-epochs of 3.")
 
 
 # Names from files are text
@@ -282,6 +318,21 @@ def test_a_wrong_comparison_is_named(tmp_path, place, value, said):
         report_on(tmp_path)
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**400), 1.7e308, math.inf], ids=["int", "-int", "float", "inf"])
+def test_no_number_is_too_large_for_a_page(tmp_path, value):
+    run = {"eval": [[0, 1.0], [10, -1.7e308], [20, value]], "learning_rate": value, "state_bytes": value}
+    data = {"runs": {"adamw": run}, "steps_to": {}, "recipe": {"seed": value}}
+    path = tmp_path / "large.json"
+    path.write_text(json.dumps(data))
+    if isinstance(value, int):  # no float holds it
+        with pytest.raises(ValueError, match=r"has the entry \[20, -?10+"):
+            report_on(path)
+        run["eval"].pop()
+        path.write_text(json.dumps(data))
+    Tags(page_of(path, tmp_path))
+    assert figure(report_on(path), "Validation loss").curves[0].points == [tuple(pair) for pair in run["eval"]]
+
+
 # The command
 
 
@@ -320,6 +371,15 @@ def test_the_command_refuses_and_leaves_what_is_there(tmp_path, monkeypatch):
         told(E2E, "--page", tmp_path)
     with pytest.raises(ValueError, match="there is no folder or file"):
         told(tmp_path / "nothing")
+    results = tmp_path / "results.json"
+    shutil.copy(E2E, results)
+    with pytest.raises(ValueError, match="this file is there and no page, and is not overwritten; give NAME.html"):
+        told(results, "--page", results)
+    with pytest.raises(ValueError, match="this is a file; give a folder"):
+        told(results, "--png", results)
+    with pytest.raises(ValueError, match="nothing can be written into .*results.json; give another file"):
+        told(results, "--page", results / "page.html")
+    assert results.read_bytes() == E2E.read_bytes() and not (tmp_path / "results.html").exists()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(RuntimeError, match="page.html is written, and no PNG: .*pip install"):
         told(E2E, "--page", tmp_path / "page.html", "--png", tmp_path / "png")

@@ -24,19 +24,22 @@ from tqdm.auto import tqdm
 from ..experiments.environment import environment
 from ..experiments.figures import plot_tasks
 from ..experiments.judging import OURS, TOLERANCE, judge
+from ..experiments.kept.keys import stamp
 from ..experiments.on_task import TaskArm, compare_on
 from ..experiments.tasks.named import arms_of, named_task
 from ..foundation.checked import check_integer
-from ..foundation.files import save_json
+from ..foundation.files import load_json, save_json
 from ..meta import Task
 from ..rules import Rule, load_rule
 from ..subspace import IdentityBasis
+from .folders import check_kept
 from .settings import add_config, check_names, check_task_names, merged
 from .words import finite, human_time, known
 
 _DEFAULTS: dict[str, Any] = {
     "tasks": ["digits-mlp"], "rule": None, "arms": None, "steps": 200, "seeds": 3, "data": "embedded",
 }  # fmt: skip
+_RESULT = "comparison.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +60,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     check_task_names(names, data)
     for name in ("steps", "seeds"):
         check_integer(f"--{name}", settings[name], 1, 10**9)
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"OUTPUT is {output}, a file; give a folder")
+    _check_output(output)
     tasks = [named_task(name, data, output / "tasks") for name in names]
     given = None if settings["rule"] is None else load_rule(str(settings["rule"]), with_basis=True)
     chosen = {task.name: _arms(task, given, settings) for task in tasks}  # what is wrong is said before any run
@@ -70,10 +72,10 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "environment": environment(),
     }
     result = finite(result)
-    save_json(output / "comparison.json", result)
+    save_json(output / _RESULT, result)
     drawn = _draw(results, output / "comparison.png")
     text = [_table(name, entry) for name, entry in result["tasks"].items()]
-    files = f"{output / 'comparison.json'}{drawn}, after {human_time(result['seconds'])}."
+    files = f"{output / _RESULT}{drawn}, after {human_time(result['seconds'])}."
     return {"output": str(output), **result}, "\n\n".join([*text, files])
 
 
@@ -90,6 +92,19 @@ def _arms(task: Task, given: Rule | None, settings: dict[str, Any]) -> tuple[Rul
     return rule, {name: arm for name, arm in arms.items() if name in (*OURS, *others)}
 
 
+def _check_output(output: Path) -> None:
+    """Raises `ValueError` where OUTPUT is no folder of an earlier start and not a new one."""
+    made = load_json(output / _RESULT, dict) if (output / _RESULT).is_file() else {}
+    if not {"recipe", "tasks"} <= made.keys():  # that of Comparison has "runs"
+        runs = [path.name for path in output.glob("runs*")]
+        check_kept("OUTPUT", output, ("tasks", *runs), "comparison of this command")
+
+
+def _runs_of(data: str) -> str:
+    """The folder of the runs: a task of all weights has one basis with any data, and runs are kept by that."""
+    return "runs" if data == "embedded" else f"runs-{stamp(data)}"
+
+
 def _compare(
     task: Task, rule: Rule, arms: dict[str, TaskArm], settings: dict[str, Any], output: Path
 ) -> dict[str, Any]:
@@ -97,8 +112,12 @@ def _compare(
     with tqdm(total=len(arms), unit="arm", desc=task.name) as bar:
         for name, arm in arms.items():
             told = dataclasses.replace(arm, make=_telling(bar, name, arm.make), key=arm.key or name)
-            where = {"seeds": settings["seeds"], "cache": output / "runs"}
-            runs |= compare_on(task, {name: told}, settings["steps"], **where)
+            where = {"seeds": settings["seeds"], "cache": output / _runs_of(str(settings["data"]))}
+            try:
+                runs |= compare_on(task, {name: told}, settings["steps"], **where)
+            except FloatingPointError as error:
+                lost = f"{name} diverged on {task.name}; give another rule, or leave the task out ({error})"
+                raise RuntimeError(lost) from error
             bar.update()
     levels = judge(runs)
     shipped = {"fingerprint": rule.fingerprint, "config": dataclasses.asdict(rule.config)}

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..foundation.files import CHECKSUM, checksum_of, load_json, load_metadata, open_tensors
+from ..foundation.files import CHECKSUM, check_seal, checksum_of, load_json, load_metadata, open_tensors, read_tensor
 from ..foundation.hub import CONFIG, WEIGHTS
 from ..meta.checkpoints import MANIFEST
 from ..rules import RuleConfig
@@ -188,7 +188,8 @@ def about_trainer(folder: Path) -> Said:
             rows.append(("weights", f"{tensors['numbers']:,} in {name}, {', '.join(tensors['dtypes'])}"))
     if "coefficients.safetensors" in files:
         with open_tensors(folder / "coefficients.safetensors") as file:
-            c, basis = file.get_tensor("coefficients"), (file.metadata() or {}).get("basis")
+            c = read_tensor(folder / "coefficients.safetensors", file, "coefficients").double()
+            basis = (file.metadata() or {}).get("basis")
         facts["coefficients"] = {"dim": c.numel(), "norm": float(c.norm()), "basis": basis}
         rows.append(("coefficients", f"{c.numel()}, norm {float(c.norm()):.4g}, of the basis {basis}"))
     said = "yes" if facts["resumable"] else "no optimizer state (save_only_model): a run begins anew from its weights"
@@ -198,6 +199,7 @@ def about_trainer(folder: Path) -> Said:
 def about_meta_training(folder: Path) -> Said:
     """Where a run of MetaTrainer stands."""
     saved = load_json(folder / MANIFEST, dict)
+    check_seal(folder / MANIFEST, saved)
     progress = saved["progress"] if isinstance(saved.get("progress"), dict) else {}
     done, steps, best = progress.get("epoch"), progress.get("meta_step"), progress.get("best")
     text = f"{done} meta-epochs, {steps} meta-steps" + (f", best score {best:.4g}" if isinstance(best, float) else "")
@@ -220,13 +222,13 @@ def about_comparison(path: Path, data: dict[str, Any]) -> Said:
             if task:
                 rows.append(("task", f"{task}, {entry['d']:,} coordinates"))
             for arm, (lr, loss) in sorted(losses.items(), key=lambda pair: _or_inf(pair[1][1])):
-                rows.append((f"  {arm}", f"{'diverged' if loss is None else f'{loss:.4g}'} at rate {lr:g}"))
+                ended = f"{loss:.4g}" if math.isfinite(_or_inf(loss)) else "diverged"
+                rows.append((f"  {arm}", f"{ended} at rate {lr:g}"))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is no whole comparison ({type(error).__name__}: {error}); restore it") from error
-    versions = data.get("environment", {}).get("versions", {})
-    rows += (
-        [("made with", _listed([f"{name} {version}" for name, version in versions.items()], 4))] if versions else []
-    )
+    made_with = data["environment"].get("versions") if isinstance(data.get("environment"), dict) else None
+    if isinstance(made_with, dict) and made_with:
+        rows.append(("made with", _listed([f"{name} {version}" for name, version in made_with.items()], 4)))
     return facts, rows
 
 
@@ -257,4 +259,5 @@ def about_tensors(path: Path) -> Said:
 
 
 def _or_inf(loss: float | None) -> float:
-    return math.inf if loss is None else loss
+    """NaN, too, comes last."""
+    return math.inf if loss is None or math.isnan(loss) else loss

@@ -3,7 +3,8 @@
     hf-sl2o inspect basis
 
 WHAT is a path, the name of a rule that ships (default), or the id of a Hub repository. All bytes are read and compared
-with their checksums; weights that have none are said to have none.
+with their checksums; weights that have none are said to have none. Of a Trainer's checkpoint only the weights in one
+file and the coefficients are read.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     try:
         kind, facts, rows = _described(path)
     except (ValueError, FileNotFoundError) as error:
-        raise ValueError(str(error).replace(str(path), what)) from error
+        # a path here is named as it is: "." stands in any sentence
+        raise ValueError(str(error).replace(str(path), what) if source else str(error)) from error
     facts = {"kind": kind, "path": what, **{name.replace(" ", "_"): text for name, text in source}, **facts}
     return facts, rows_of([("what", kind), ("where", what), *source, *rows])
 

@@ -24,12 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from ..experiments.environment import environment
+from ..experiments.kept.keys import stamp
 from ..experiments.plans import PLANS
 from ..experiments.tasks.named import RECORDED, named_task, parse_task
-from ..foundation.checked import check_flag, check_integer
-from ..foundation.files import save_json
+from ..foundation.checked import check_flag, check_integer, shown
+from ..foundation.files import load_json, save_json
 from ..meta import PES, Estimator, FirstOrder, MetaTrainer, MetaTrainingArguments, SecondOrder
+from ..meta.checkpoints import MANIFEST
 from ..rules import Rule, RuleConfig, load_rule
+from .folders import check_kept
 from .settings import add_config, check_names, check_task_names, merged
 from .words import human_time, known
 
@@ -101,6 +104,7 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     args = MetaTrainingArguments(str(output), **{field.name: settings[field.name] for field in _FIELDS})
     rule = _first_rule(settings)
     _check_output(output)
+    _check_begun(output, settings, rule)
     trainer = MetaTrainer(
         rule,
         args,
@@ -166,16 +170,25 @@ def _first_rule(settings: dict[str, Any]) -> Rule:
     return Rule.from_config(config)
 
 
+def _check_begun(output: Path, settings: dict[str, Any], rule: Rule) -> None:
+    """Raises `ValueError` where an earlier start had other data or began at another rule: no checkpoint says so."""
+    path, data = output / "tasks" / "begun.json", str(settings["data"])
+    begun = {
+        "data": data if data == "embedded" else f"folder-{stamp(str(Path(data).resolve()))}",
+        "rule": rule.fingerprint if settings["rule"] is not None else f"preset-{settings['preset']}",
+    }
+    if not (output / MANIFEST).is_file():
+        save_json(path, begun)
+    known = load_json(path, dict) if path.is_file() else begun  # earlier versions wrote none
+    for name, value in begun.items():
+        if known.get(name) != value:
+            raise ValueError(
+                f"OUTPUT is {output}, where a meta-training began with {name} {shown(known.get(name))}, and this one "
+                f"has {value!r}; give a new folder"
+            )
+
+
 def _check_output(output: Path) -> None:
     """Raises `ValueError` where OUTPUT is no folder of an earlier start and not a new one."""
-    ours = {"checkpoint.json", "config.json", "model.safetensors", "README.md", "provenance.json", "tasks"}
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"OUTPUT is {output}, a file; give a folder")
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    found = {path.name for path in output.iterdir()}
-    if not found & {"checkpoint.json", "tasks"} or "trajectory.json" in found:
-        raise ValueError(
-            f"OUTPUT is {output}, which holds {sorted(found - ours or found)[0]!r} and no meta-training that could go "
-            "on; give a new folder"
-        )
+    if not (output / MANIFEST).is_file() or (output / "trajectory.json").is_file():
+        check_kept("OUTPUT", output, ("tasks",), "meta-training")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from ..experiments.planning import ALL_STORAGES, DEVICES, UTILISATION, Device, Model, Parameter, Row, plan
 from ..foundation.checked import check_integer, check_number
@@ -32,6 +33,8 @@ _SHAPES: dict[str, tuple[str, dict[str, int]]] = {
     "llama-7b": ("llama", {}),
 }
 _LORA_RANK = 8  # peft's default
+# What transformers raises at a configuration that it cannot use.
+_FAULTS = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 # Models without weights
@@ -53,9 +56,16 @@ def _config(arguments: argparse.Namespace) -> Any:
         raise ValueError(f"--config {where}: there is no such file; give a config.json, its folder, or a Hub id")
     try:
         return AutoConfig.from_pretrained(str(path) if path.exists() else where, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"--config {where}: expected a model's configuration, and found: {reason}") from error
+    except (*_FAULTS, OSError, StrictDataclassError) as error:
+        raise ValueError(f"--config {where}: expected a model's configuration, and found: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """What transformers says in its first line, or two where that one names a field alone."""
+    if isinstance(error, KeyError):
+        return f"{error} is unknown"
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def _on_meta(config: Any, dtype: torch.dtype) -> torch.nn.Module:
@@ -69,9 +79,8 @@ def _on_meta(config: Any, dtype: torch.dtype) -> torch.nn.Module:
                     warnings.simplefilter("ignore")
                     made: torch.nn.Module = kind.from_config(config, dtype=dtype)
                     return made
-            except (RuntimeError, ValueError, TypeError, ZeroDivisionError, ImportError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise ValueError(f"no model can be made of this {type(config).__name__}: {reason}") from error
+            except _FAULTS as error:
+                raise ValueError(f"no model can be made of this {type(config).__name__}: {_reason(error)}") from error
     raise ValueError(
         f"the configuration is a {type(config).__name__}, expected that of a causal language model or image classifier"
     )

@@ -13,6 +13,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .folders import check_parent
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds OUTPUT, `--page` and `--png`."""
@@ -35,6 +37,11 @@ def run(arguments: argparse.Namespace) -> tuple[dict[str, Any], str]:
     path = Path(arguments.page) if arguments.page is not None else default
     if path.is_dir():
         raise ValueError(f"--page {path}: this is a folder; give a file in it, as {path / 'report.html'}")
+    if path.exists() and path.suffix.lower() not in (".html", ".htm"):
+        raise ValueError(f"--page {path}: this file is there and no page, and is not overwritten; give NAME.html")
+    check_parent(f"--page {path}:", path, "file")
+    if arguments.png is not None and Path(arguments.png).is_file():
+        raise ValueError(f"--png {arguments.png}: this is a file; give a folder")
     try:
         report = report_on(output)
     except FileNotFoundError as error:

@@ -29,7 +29,8 @@ def byte_count(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGTP]?)B?", text.strip())
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or a number with kB, MB, GB or TB")
-    return int(float(match[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}[match[2]])
+    count = float(match[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}[match[2]]
+    return int(min(count, 1e30))  # hundreds of digits are inf
 
 
 def human_time(seconds: float) -> str:

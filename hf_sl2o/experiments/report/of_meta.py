@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def _summary(log: Sequence[Mapping[str, Any]], path: Path) -> list[str | Table]:
         raise ValueError(f"{path} is {shown(log)}, expected the log of a meta-training; give the folder of a run")
     if not scores:
         return ["The rule was not validated yet."]
-    epoch, best = min(scores, key=lambda point: (point[1], point[0]))
+    epoch, best = min(scores, key=lambda point: (not math.isfinite(point[1]), point[1], point[0]))
     return [
         f"Best score {number(best)}, of the rule after {number(epoch)} meta-epochs of {number(scores[-1][0])}. The "
         "score is the geometric mean, over tasks and over points of a run, of the held-out loss over that before "

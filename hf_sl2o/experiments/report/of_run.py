@@ -34,11 +34,12 @@ def state_of(folder: Path) -> tuple[dict[str, Any], Path, list[str]] | None:
     for path in [folder / STATE, *(path / STATE for _, path in reversed(checkpoints(folder)))]:
         if not path.is_file():
             continue
+        where = f"{last_part(path.parent.resolve())}/{STATE}"  # of "." too, and no folder of the machine
         try:
             state = load_json(path, dict)
-            entries(state.get("log_history"), f"'log_history' in {path.parent.name}/{STATE}")
+            entries(state.get("log_history"), f"'log_history' in {where}")
         except (OSError, ValueError) as error:
-            faults.append(f"Left out: {error}".replace(str(folder), folder.name))
+            faults.append(f"Left out: {str(error).replace(str(path), where)}")
             continue
         steps = state.get("global_step")
         found.append((steps if isinstance(steps, int) else 0, state, path))

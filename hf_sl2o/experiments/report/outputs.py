@@ -51,7 +51,7 @@ def report_on(output: str | Path) -> Report:
         raise FileNotFoundError(f"there is no folder or file {path}; give the output of a run or of a comparison")
     if (path / COMPARISON).is_file():
         return _of_file(path / COMPARISON, path)
-    for kind in (meta_report, run_report):
+    for kind in (run_report, meta_report):  # a log.json may be anybody's
         if (report := kind(path)) is not None:
             return report
     if is_basis(path):

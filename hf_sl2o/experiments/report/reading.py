@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any, TypeGuard
@@ -13,8 +14,10 @@ from .parts import Point, Table, number
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a JSON value is a number; true and false are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a JSON value is a number; true and false are none, nor is an integer that no float can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) <= sys.float_info.max
 
 
 def curve(value: Any, where: str) -> list[Point]:

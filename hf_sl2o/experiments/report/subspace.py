@@ -16,8 +16,8 @@ from .parts import Chart, Curve, Table, percent
 from .reading import is_number, mapping, numbers, settings
 
 COEFFICIENTS = "coefficients.safetensors"
-# Coefficients that get a name in the legend.
-_NAMED = 8
+# Coefficients that get a name in the legend, and those that are grey lines.
+_NAMED, _GREY = 8, 200
 
 Part = str | Chart | Table
 
@@ -119,7 +119,8 @@ def paths_of_coefficients(folder: Path, name: str = "") -> list[Part]:
         for s, (i, line) in enumerate(zip(order[:_NAMED], lines, strict=False))
     ]
     more = len(order) - len(named)
-    note = f"From {len(found)} checkpoints. Named: the {len(named)} largest at the end; grey: the other {more}."
+    grey = f"the other {more}" if more <= _GREY else f"the next {_GREY} of the other {more:,}"
+    note = f"From {len(found)} checkpoints. Named: the {len(named)} largest at the end; grey: {grey}."
     return [
         Chart(
             f"Paths of the coefficients{of}",
@@ -127,7 +128,7 @@ def paths_of_coefficients(folder: Path, name: str = "") -> list[Part]:
             "coefficient",
             named,
             x_limits=(0.0, float(steps[-1])),
-            faint=lines[_NAMED:],
+            faint=lines[_NAMED : _NAMED + _GREY],
             note=note,
         )
     ]

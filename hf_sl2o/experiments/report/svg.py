@@ -17,6 +17,7 @@ ROW = 26.0  # of a bar
 COLOURS = 8
 DASHES = ("", "6 3", "2 2", "8 3 2 3", "4 2 1 2")
 MOST_TIPS = 400
+_FARTHEST = 1e300
 
 
 def escaped(text: object, most: int = 120) -> str:
@@ -52,6 +53,8 @@ def axes_of(chart: Chart) -> tuple[Axis, Axis]:
     log = chart.log and (low > 0 if chart.limits else min(values, default=0.0) > 0)
     if chart.limits is None or not low < high:
         low, high = limits_of(values, log=log)
+    # a range of more than all floats has no ticks
+    left, right, low, high = (min(max(limit, -_FARTHEST), _FARTHEST) for limit in (left, right, low, high))
     return (Axis(left, right, LEFT, WIDTH - RIGHT), Axis(low, high, HEIGHT - BOTTOM, TOP, log))
 
 
@@ -65,7 +68,8 @@ def line_chart(chart: Chart, most: int = 240, *, tips: bool = True) -> str:
     """
     x_axis, y_axis = axes_of(chart)
     drawn = [*_grid(x_axis, y_axis, chart.x, chart.y)]
-    faint = [_path(_placed(line, x_axis, y_axis)) for line in chart.faint]
+    short = [[line[i] for i in thinned(len(line), [y for _, y in line], most)] for line in chart.faint]
+    faint = [_path(_placed(line, x_axis, y_axis)) for line in short]
     if any(faint):
         drawn.append(f'<path class="f" d="{"".join(faint)}"/>')
     behind, lines, points = [], [], []
