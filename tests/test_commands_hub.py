@@ -131,6 +131,20 @@ def test_what_is_pushed_comes_back_to_the_bit(hub, tmp_path):
     assert contents(tmp_path / "got" / "later") == contents(tmp_path / "basis")
 
 
+def test_a_fine_tune_beside_a_trainers_weights(hub, tmp_path):
+    finetune(tmp_path / "tuned")
+    beside = {f"sl2o/{name}": data for name, data in contents(tmp_path / "tuned").items()}
+    hub.put("user/trained", config__json=b'{"model_type": "gpt2"}', model__safetensors=b"gigabytes", **beside)
+    lines = ["pull", "user/trained", "got"], ["inspect", "user/trained", "--json"]
+    pulled, inspected = commands(hub, tmp_path / "home", *lines)
+    assert pulled[0] == inspected[0] == 0, (pulled, inspected)
+    assert contents(tmp_path / "got") == contents(tmp_path / "tuned")
+    facts = json.loads(inspected[1])
+    assert facts["kind"] == "fine-tune" and facts["dim"] == 6
+    assert facts["commit"] == hub.repos["user/trained"].at("main")[0]
+    assert not [line for line in hub.log if "model.safetensors" in line and "sl2o" not in line]
+
+
 def test_what_is_refused_leaves_nothing(hub, tmp_path):
     LSTMRule().save_pretrained(tmp_path / "rule")
     finetune(tmp_path / "tuned")

@@ -294,6 +294,7 @@ def test_released_data():
 def test_steps_and_table():
     curve = [[0, 3.0], [10, 2.0], [20, 1.0]]
     assert steps_to(curve, 2.0) == 10 and steps_to(curve, 0.5) is None
+    assert steps_to(curve, float("inf")) is steps_to(curve, float("nan")) is None  # of what diverged
     assert mean_steps_to([curve, [[0, 1.5], [10, 1.0]]], 1.5) == 10 and mean_steps_to([curve, [[0, 9.0]]], 1.5) is None
     run = {"learning_rate": 1.0, "final_eval_loss": 1.0, "seconds": 2.0, "state_bytes": 1000}
     comparison = {"runs": {"a": run, "b": run}, "steps_to": {"x": {"target": 1.0, "steps": {"a": None, "b": 10}}}}

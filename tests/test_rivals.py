@@ -171,6 +171,27 @@ def test_an_arm_keeps_its_own_schedule(task, tmp_path):
     assert again["falls"]["final_eval_loss"] == first["stays"]["final_eval_loss"]
 
 
+def test_runs_of_other_data_or_another_start_are_not_taken(task, tmp_path):
+    arms = {"sgd": TaskArm(lambda lr: lambda c: torch.optim.SGD(c, lr=lr), (0.01,))}
+    runs = [compare_on(task, arms, 20, seeds=1, cache=tmp_path)["sgd"]["eval"]]
+
+    def moved():
+        model = network()
+        next(model.parameters()).data += 0.1
+        return model
+
+    changes = (
+        {"batches": lambda seed: data(seed + 7)},
+        {"eval_batches": [next(data(9))]},
+        {"build_model": moved},
+    )
+    for change in changes:
+        changed = dataclasses.replace(task, **change)
+        runs.append(compare_on(changed, arms, 20, seeds=1, cache=tmp_path)["sgd"]["eval"])
+        assert runs[-1] == compare_on(changed, arms, 20, seeds=1, cache=tmp_path / str(len(runs)))["sgd"]["eval"]
+    assert len({str(curve) for curve in runs}) == len(runs)
+
+
 def test_an_optimizer_sees_the_weights_themselves(task):
     """Of an identity basis; weight decay then shrinks the weights, as in a plain loop."""
     seen = []

@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 from ..experiments.environment import environment
 from ..experiments.figures import plot_tasks
 from ..experiments.judging import OURS, TOLERANCE, judge
-from ..experiments.kept.keys import stamp
 from ..experiments.on_task import TaskArm, compare_on
 from ..experiments.tasks.named import arms_of, named_task
 from ..foundation.checked import check_integer
@@ -100,11 +99,6 @@ def _check_output(output: Path) -> None:
         check_kept("OUTPUT", output, ("tasks", *runs), "comparison of this command")
 
 
-def _runs_of(data: str) -> str:
-    """The folder of the runs: a task of all weights has one basis with any data, and runs are kept by that."""
-    return "runs" if data == "embedded" else f"runs-{stamp(data)}"
-
-
 def _compare(
     task: Task, rule: Rule, arms: dict[str, TaskArm], settings: dict[str, Any], output: Path
 ) -> dict[str, Any]:
@@ -112,7 +106,7 @@ def _compare(
     with tqdm(total=len(arms), unit="arm", desc=task.name) as bar:
         for name, arm in arms.items():
             told = dataclasses.replace(arm, make=_telling(bar, name, arm.make), key=arm.key or name)
-            where = {"seeds": settings["seeds"], "cache": output / _runs_of(str(settings["data"]))}
+            where = {"seeds": settings["seeds"], "cache": output / "runs"}
             try:
                 runs |= compare_on(task, {name: told}, settings["steps"], **where)
             except FloatingPointError as error:

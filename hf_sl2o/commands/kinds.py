@@ -16,6 +16,7 @@ from ..foundation.remote import Repository, why
 from ..rules import Rule
 from ..subspace import Basis
 from ..training.finetuned import BASIS, RULE, FineTune, in_units_of
+from ..training.sharing import SHARED
 
 #: What is pushed and pulled of each kind, where it is there; nothing else is asked for.
 _OWN = (CONFIG, WEIGHTS, README, FIGURE)
@@ -104,8 +105,16 @@ def is_hub_id(text: str) -> bool:
     return _HUB_ID.fullmatch(text) is not None and ".." not in text and not text.startswith((".", "-"))
 
 
+def _has(repository: Repository, name: str) -> bool:
+    try:
+        repository.file(name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def fetched(repo: str, revision: str | None) -> tuple[Path, str]:
-    """Brings the files of what a repository holds into the Hub's cache; returns the folder, and its commit.
+    """Brings the files of what a repository holds, also in `sl2o`, into the Hub's cache; returns folder and commit.
 
     Raises:
         `ValueError`: there is no such repository or revision, it may not be read, or it holds something else.
@@ -118,14 +127,15 @@ def fetched(repo: str, revision: str | None) -> tuple[Path, str]:
         refused = repository.asks or isinstance(repository.fault, RepositoryNotFoundError)
         kind = ValueError if refused else ConnectionError
         raise kind(str(error)) from error
-    found, commit = kind_in(folder), folder.name
+    found, commit, inside = kind_in(folder), folder.name, ""
+    if found is None and _has(repository, f"{SHARED}/{CONFIG}"):  # beside a Trainer's weights
+        found, inside = kind_in(folder / SHARED), SHARED
     if found is None:
         raise ValueError(f"config.json of the repository {repo} is of something else; {EXPECTED}")
     try:
-        there = snapshot_download(
-            repo, revision=commit, local_files_only=not repository.asks, allow_patterns=list(FILES[found])
-        )
-        return Path(there), commit
+        wanted = [f"{inside}/{name}" if inside else name for name in FILES[found]]
+        there = snapshot_download(repo, revision=commit, local_files_only=not repository.asks, allow_patterns=wanted)
+        return Path(there) / inside, commit
     except (HTTPError, OSError) as error:
         lost = f"the {found} of {repo} could not be had as a whole: {why(error, None)}"
         raise ConnectionError(lost) from error

@@ -2,6 +2,8 @@
 
     hf-sl2o pull user/my-rule my-rule
 
+Of a repository that a Trainer pushed it is the fine-tune beside the weights, which are not downloaded.
+
 A token for private repositories is taken from HF_TOKEN, or from `hf auth login`. Nothing from a repository is
 executed, and only files that belong to one of the three are asked for. The folder appears when all is there and
 found to be whole.

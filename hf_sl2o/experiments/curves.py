@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 
 def steps_to(evals: Sequence[Sequence[float]], target: float) -> int | None:
-    """Returns the first evaluated step whose loss is at most `target`, or None.
+    """Returns the first evaluated step whose loss is at most `target`, or None; a target that is not finite has none.
 
     Args:
         evals (`Sequence[tuple[int, float]]`): (step, loss), ascending.
@@ -19,7 +20,7 @@ def steps_to(evals: Sequence[Sequence[float]], target: float) -> int | None:
     10
     ```
     """
-    return next((int(step) for step, loss in evals if loss <= target), None)
+    return next((int(step) for step, loss in evals if loss <= target < math.inf), None)
 
 
 def mean_steps_to(curves: Sequence[Sequence[Sequence[float]]], target: float) -> float | None:

@@ -15,6 +15,7 @@ from ..foundation.files import load_json, save_json
 from ..meta import Task, train_on
 from ..subspace import Basis
 from .curves import mean_curve
+from .kept.keys import key_of_batches, model_key
 from .tuning import final_loss, over_seeds, search
 
 
@@ -58,7 +59,7 @@ def compare_on(
     """Runs every arm on a task; learning rates by held-out loss: a grid with one seed, its best over all seeds.
 
     While the best rate lies at an edge, the grid grows by factors of 10^0.5, up to eight rates. Each run is kept in
-    `cache`, so that a killed comparison goes on.
+    `cache`, so that a killed comparison goes on; one of another start or other data is made again.
 
     Args:
         task ([`Task`]): What is trained.
@@ -76,11 +77,13 @@ def compare_on(
         (mean curve), `final_eval_loss`, `seconds`.
     """
     results = {}
+    # a basis of all weights is the same at any start and with any data
+    of_task = model_key(task.build_model()), key_of_batches(next(iter(task.batches(0)), None), *task.eval_batches)
     for name, arm in arms.items():
         points = {*range(0, steps + 1, eval_every), steps}
         of_rate = arm.schedule or schedule
         given = {"schedule": of_rate, "evaluate_at": points, "average": arm.average, **options}
-        run = _kept_runs(task, arm, arm.key or name, steps, [steps, of_rate, eval_every], cache, given)
+        run = _kept_runs(task, arm, arm.key or name, steps, [steps, of_rate, eval_every, *of_task], cache, given)
         tuned = search(run, [(arm.units, lr) for lr in arm.learning_rates], grow=True)
         means, runs = over_seeds(run, tuned, seeds, finalists)
         best = next(iter(means))

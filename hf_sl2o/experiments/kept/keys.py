@@ -30,6 +30,14 @@ def digest(*tensors: torch.Tensor) -> str:
     return found.hexdigest()[:16]
 
 
+def key_of_batches(*batches: Any) -> str:
+    """Tells batches of tensors, numbers and text, in lists and mappings, from others."""
+    found = hashlib.sha256()
+    for batch in batches:
+        _add(found, batch)
+    return found.hexdigest()[:16]
+
+
 def fingerprint_of(rows: Any, most: int = 1000) -> str:
     """Tells one data set from another: its own fingerprint, or a hash of its first rows and of their number.
 
