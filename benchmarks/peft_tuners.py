@@ -142,7 +142,7 @@ def lora(**options: Any) -> dict[str, Any]:
 PROMPT = {"num_virtual_tokens": 8}
 SKILLS = {"target_modules": TARGETS, "r": 4, "n_tasks": 2, "n_skills": 2}
 TASKS = "`task_ids` in each example, and `remove_unused_columns=False`"
-#: Every kind of `peft.PeftType`, and the variants of LoRA that its configuration has.
+#: Every kind of `peft.PeftType`, and variants of LoRA that its configuration has.
 TUNERS = {
     "LoRA": Tuner(lora()),
     "LoRA, rank-stabilised": Tuner(lora(use_rslora=True)),

@@ -222,6 +222,36 @@ def test_decoding_is_the_same_in_any_batch(compared, batch_size):
         generation.decode(model, tokenizer, [meanings[0] * 20])
 
 
+@pytest.fixture
+def little_room(monkeypatch):
+    """Four meanings, of which the longest leaves room for three tokens; and the model, untrained."""
+    monkeypatch.setitem(generation.DECODING, "max_new_tokens", 9)
+    tokenizer = gpt2_e2e.train_tokenizer(load_rows("embedded", "train", 200), 400)
+    meanings = list(generation.by_meaning(load_rows("embedded", "validation"), 4))
+    end, longest = tokenizer.eos_token_id, max(len(tokenizer(f"{meaning} ||")["input_ids"]) for meaning in meanings)
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_layer=1, n_head=2, n_embd=32, n_positions=longest + 3, bos_token_id=end,
+        eos_token_id=end, initializer_range=0.2,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config), tokenizer, meanings
+
+
+def test_a_long_meaning_cuts_no_sentence_of_its_batch(little_room):
+    model, tokenizer, meanings = little_room
+    alone = [generation.decode(model, tokenizer, [meaning])[0] for meaning in meanings]
+    assert generation.decode(model, tokenizer, meanings) == alone
+    sizes = [len(tokenizer(text)["input_ids"]) for text in alone]
+    assert max(sizes) > min(sizes) + 3  # other rooms
+
+
+def test_settings_that_a_model_brings_along_change_no_sentence(little_room):
+    model, tokenizer, meanings = little_room
+    before = generation.decode(model, tokenizer, meanings[:2])
+    model.generation_config.update(repetition_penalty=9.0, min_new_tokens=9)
+    assert generation.decode(model, tokenizer, meanings[:2]) == before
+
+
 def test_meanings_are_grouped_wherever_they_stand():
     rows = [{"mr": "a", "ref": "1"}, {"mr": "b", "ref": "2"}, {"mr": "a", "ref": "3"}]
     assert generation.by_meaning(rows) == {"a": ["1", "3"], "b": ["2"]} and generation.by_meaning(rows, 1) == {

@@ -105,12 +105,44 @@ def test_with_java_all_five_are_those_of_the_official_scorer(name, tokenizer, mo
 
 
 @needs_java
-def test_words_are_those_of_stanfords_program():
+@pytest.mark.slow
+def test_meteor_runs_where_numbers_have_a_comma(monkeypatch):
+    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de")
+    words = ["it", "is", "a", "pub"]
+    assert java.meteor_of_words([words], [[words]]) == 1.0
+    monkeypatch.setattr(java, "_SETTINGS", [text for text in java._SETTINGS if "encoding" in text])
+    with pytest.raises(RuntimeError, match="METEOR of pycocoevalcap gave no score: .*InputMismatchException"):
+        java.meteor_of_words([words], [[words]])
+
+
+@needs_java
+def test_words_are_those_of_stanfords_program(monkeypatch):
     texts = [*TRICKY[0], *itertools.chain(*TRICKY[1]), *(row["ref"] for row in generate("train", 300)), "", "£ … ?"]
     assert java.stanford_words(texts) == [ptb_words(text) for text in texts]
-    # Each of these begins a new line for the program, and would move all sentences after it.
-    odd = [f"one{sign}two" for sign in ("\n", "\x0b", "\x0c", "\x85", "\u2028", "\u2029", "\r\n", "\xa0")]
+    breaks = [f"one{sign}two" for sign in ("\n", "\x0b", "\x0c", "\u2028", "\u2029", "\r\n")]
+    odd = [*breaks, "one\x85two", "one\xa0two"]
     assert java.stanford_words([*odd, "end"]) == [["one", "two"]] * len(odd) + [["end"]]
+    # Left as they are, each of them begins a new line for the program, and moves all sentences after it.
+    monkeypatch.setattr(java, "one_line", str)
+    with pytest.raises(RuntimeError, match=f"gave {2 * len(breaks)} lines for {len(breaks)} sentences"):
+        java.stanford_words(breaks)
+
+
+@needs_java
+@pytest.mark.slow
+def test_of_the_released_sentences_two_have_other_words_in_python():
+    """As the page says."""
+    folder = os.environ.get("HF_SL2O_DATA")
+    if not folder:
+        pytest.skip("needs the released E2E CSVs: HF_SL2O_DATA=FOLDER")
+    texts = set()
+    for split in ("train", "validation", "test"):
+        with open(Path(folder) / "e2e_nlg" / f"{split}.csv", encoding="utf-8", newline="") as file:
+            texts |= {row["ref"] for row in csv.DictReader(file)}
+    found = java.stanford_words(sorted(texts))
+    differ = sum(words != ptb_words(text) for words, text in zip(found, sorted(texts), strict=True))
+    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    assert f"of {len(texts):,} sentences of E2E {('none', 'one', 'two')[differ]} differ" in page
 
 
 def test_words_by_hand():
@@ -252,6 +284,8 @@ def test_unknown_names_are_said():
         metrics.cider(["a"], [["a"]], "treebank")
     with pytest.raises(ValueError, match="there is no score 'rouge', expected any of bleu"):
         metrics.e2e_scores(["a"], [["a"]], only=["rouge"])
+    with pytest.raises(TypeError, match=r"only is 'bleu', expected a list of scores, such as \['bleu'\]"):
+        metrics.e2e_scores(["a"], [["a"]], only="bleu")
     with pytest.raises(ValueError, match="the score is 'rougeL', expected one of bleu"):
         metrics.E2ENLG("rougeL")
     with pytest.raises(AttributeError, match="no attribute 'rougeL'"):
@@ -296,6 +330,24 @@ def test_without_java_meteor_is_none_and_says_why(monkeypatch, tmp_path):
     assert "pip install 'hf-sl2o[e2e]'" in java.missing() and metrics.default_tokenizer() == "ptb-python"
 
 
+def test_a_command_that_only_asks_for_java_counts_as_none(monkeypatch, tmp_path):
+    """As on macOS."""
+    for name in (java._TOKENIZER, java._METEOR, java._PARAPHRASES):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(java, "_folder", lambda: tmp_path)
+    program = tmp_path / "java"
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    program.write_text("#!/bin/sh\necho 'Unable to locate a Java Runtime.' >&2\necho >&2\nexit 1\n")
+    program.chmod(0o755)
+    said = "the command java does not run: Unable to locate a Java Runtime; install a Java runtime"
+    with pytest.warns(metrics.NoMeteorWarning, match=said):
+        found = metrics.e2e_scores(["A pub."], [["A pub."]])
+    assert found["meteor"] is None and found["tokenizer"] == "ptb-python"
+    with pytest.raises(RuntimeError, match=said):
+        metrics.meteor(["A pub."], [["A pub."]])
+
+
 def test_a_java_that_fails_is_said(monkeypatch, tmp_path):
     """A program of that name that answers half, or nothing: no score is made of it."""
     for name in (java._TOKENIZER, java._METEOR, java._PARAPHRASES):
@@ -312,6 +364,9 @@ def test_a_java_that_fails_is_said(monkeypatch, tmp_path):
     ):
         java.stanford_words(["a", "b"])
     with pytest.raises(RuntimeError, match="METEOR of pycocoevalcap gave no score: Error: no memory"):
+        java.meteor_of_words([["a"]], [[["a"]]])
+    program.write_text("#!/bin/sh\nprintf 'Picked up X\\nFault: out of order\\n\\tat Meteor.main\\n' >&2\n")
+    with pytest.raises(RuntimeError, match="gave no score: Fault: out of order; check"):  # no frame of its trace
         java.meteor_of_words([["a"]], [[["a"]]])
 
 

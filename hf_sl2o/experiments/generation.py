@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -16,7 +17,7 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, NoRepeatNGramLogitsProcessor
 
 from ..foundation.files import load_json, load_tensors, save_json
 from ..metrics import NoMeteorWarning, default_tokenizer, e2e_scores
@@ -57,7 +58,8 @@ def decode(
     """Returns a sentence for each meaning representation, by beam search as [`DECODING`] says.
 
     Args:
-        model (`nn.Module`): A causal language model that was trained on `mr || sentence`.
+        model (`nn.Module`): A causal language model that was trained on `mr || sentence`. Its own settings for
+            generating, such as a penalty, are dropped.
         tokenizer: Its tokenizer, with an end token.
         meanings (`Sequence[str]`): Meaning representations.
         batch_size (`int`, *optional*, defaults to 16): Meanings at a time; each takes ten beams.
@@ -67,6 +69,7 @@ def decode(
         `ValueError`: a meaning representation that leaves the model no room for a sentence.
     """
     any_model: Any = model.eval()
+    any_model.generation_config = GenerationConfig()
     device, end = next(model.parameters()).device, tokenizer.eos_token_id
     prompts = tokenizer([f"{meaning} ||" for meaning in meanings], add_special_tokens=False)["input_ids"]
     most = getattr(any_model.config, "max_position_embeddings", None) or 1 << 30
@@ -78,14 +81,19 @@ def decode(
             f"takes {most} with the sentence; take a model or a tokenizer with more room"
         )
     settings = {name: value for name, value in DECODING.items() if name != "no_repeat_ngram_size"}
+    rooms = [min(DECODING["max_new_tokens"], most - len(prompt)) for prompt in prompts]
+    batches = [  # of one room each: beside a long prompt the sentence of a short one would be cut
+        together[start : start + batch_size]
+        for together in (list(group) for _, group in itertools.groupby(order, key=rooms.__getitem__))
+        for start in range(0, len(together), batch_size)
+    ]
     with tqdm(total=len(prompts), desc=title, leave=False, mininterval=2) as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in batches:
             width = len(prompts[chosen[-1]])
             ids = torch.tensor([[end] * (width - len(prompts[i])) + prompts[i] for i in chosen], device=device)
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen])
             rule = NoRepeatInAnswer(width, int(DECODING["no_repeat_ngram_size"]))
-            settings["max_new_tokens"] = min(DECODING["max_new_tokens"], most - width)
+            settings["max_new_tokens"] = rooms[chosen[0]]
             with torch.no_grad():
                 made = any_model.generate(
                     input_ids=ids, attention_mask=mask.to(device), logits_processor=LogitsProcessorList([rule]),

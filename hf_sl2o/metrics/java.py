@@ -1,10 +1,12 @@
 """Stanford's tokenizer and METEOR 1.5: Java programs that pycocoevalcap brings (`pip install hf-sl2o[e2e]`).
 
-Nothing is written into the folder of that package. Both read and write UTF-8, whatever the machine's language is.
+Nothing is written into the folder of that package. Both read and write UTF-8 and decimal points, in whatever language
+the machine is.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import shutil
 import subprocess
@@ -17,12 +19,15 @@ from .words import kept_words, one_line
 
 _TOKENIZER = "tokenizer/stanford-corenlp-3.4.1.jar"
 _METEOR, _PARAPHRASES = "meteor/meteor-1.5.jar", "meteor/data/paraphrase-en.gz"
-_UTF8 = ("-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Dsun.jnu.encoding=UTF-8")
+_SETTINGS = (
+    "-Dfile.encoding=UTF-8", "-Dstdout.encoding=UTF-8", "-Dsun.jnu.encoding=UTF-8", "-Duser.language=en",
+    "-Duser.country=US",
+)  # fmt: skip
 
 
 def missing() -> str | None:
-    """Says what of Java and its programs is not there; None if all is."""
-    if shutil.which("java") is None:
+    """Says what of Java and its programs is not there, or does not run; None if all is."""
+    if (command := shutil.which("java")) is None:
         return "there is no command java; install a Java runtime, 8 or later"
     try:
         folder = _folder()
@@ -31,6 +36,8 @@ def missing() -> str | None:
     for name in (_TOKENIZER, _METEOR, _PARAPHRASES):
         if not (folder / name).is_file():
             return f"pycocoevalcap lacks {name}; install version 1.2 again"
+    if (fault := _fault(command)) is not None:
+        return f"the command java does not run: {fault}; install a Java runtime, 8 or later"
     return None
 
 
@@ -44,7 +51,7 @@ def stanford_words(texts: Sequence[str]) -> list[list[str]]:
         `RuntimeError`: Java or its program is not there, or failed.
     """
     _check()
-    command = ["java", *_UTF8, "-cp", str(_folder() / _TOKENIZER), "edu.stanford.nlp.process.PTBTokenizer"]
+    command = ["java", *_SETTINGS, "-cp", str(_folder() / _TOKENIZER), "edu.stanford.nlp.process.PTBTokenizer"]
     lines = [one_line(text) for text in texts]
     ran = subprocess.run(
         [*command, "-preserveLines", "-lowerCase"], input="".join(f"{line}\n" for line in lines).encode(),
@@ -64,7 +71,7 @@ def meteor_of_words(predictions: Sequence[Sequence[str]], references: Sequence[S
     """
     _check()
     jar = _folder() / _METEOR
-    command = ["java", *_UTF8, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
+    command = ["java", *_SETTINGS, "-Xmx2G", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
     with tempfile.TemporaryFile() as errors:
         program = subprocess.Popen(
             command, cwd=jar.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, encoding="utf-8"
@@ -112,11 +119,27 @@ def _folder() -> Path:
     return Path(list(spec.submodule_search_locations)[0])
 
 
+@functools.cache
+def _fault(command: str) -> str | None:
+    """What a command says that is no Java: macOS has one that does nothing but ask for it. None if it runs."""
+    try:
+        ran = subprocess.run([command, "-version"], stdin=subprocess.DEVNULL, capture_output=True)
+    except OSError as error:
+        return str(error)
+    return None if ran.returncode == 0 else _last(ran.stderr)
+
+
 def _check() -> None:
     if (lacks := missing()) is not None:
         raise RuntimeError(f"the official tokenizer and METEOR need Java: {lacks}")
 
 
+def _last(errors: bytes) -> str:
+    """The last line that says something: neither a frame of a trace, nor which settings were found."""
+    lines = [line for line in errors.decode("utf-8", "replace").splitlines() if line.strip()]
+    said = [line.strip() for line in lines if not line.startswith(("\t", "Picked up "))]
+    return said[-1].rstrip(".") if said else "it says nothing"
+
+
 def _failed(program: str, what: str, errors: bytes) -> NoReturn:
-    last = errors.decode("utf-8", "replace").strip().splitlines()[-1:] or ["it says nothing"]
-    raise RuntimeError(f"{program} of pycocoevalcap gave {what}: {last[0]}; check that java runs here")
+    raise RuntimeError(f"{program} of pycocoevalcap gave {what}: {_last(errors)}; check that java runs here")

@@ -149,6 +149,8 @@ def e2e_scores(
 
     ```
     """
+    if isinstance(only, str):
+        raise TypeError(f"only is {only!r}, expected a list of scores, such as [{only!r}]")
     if unknown := [name for name in only if name not in SCORES]:
         raise ValueError(f"there is no score {unknown[0]!r}, expected any of {', '.join(SCORES)}")
     tokenizer = default_tokenizer() if tokenizer is None else tokenizer
