@@ -23,7 +23,7 @@ import peft
 import torch
 import transformers
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners.lora.config import CordaConfig, KasaConfig, LoraGAConfig
+from peft.tuners.lora.config import BdLoraConfig, CordaConfig, KasaConfig, LoraGAConfig, MontecloraConfig, VeloraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import hf_sl2o  # noqa: F401
@@ -34,6 +34,7 @@ STEPS, BATCH, LENGTH, WORDS = 40, 16, 16, 64
 RATES = (1e-3, 1e-2, 1e-1)  # of AdamW: those of LoRA's, of most others', and of prompts' examples
 LEAST = 0.02  # share of the loss at the start by which it has to fall
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+COLUMN, ROW = ["q_proj", "k_proj", "v_proj", "up_proj"], ["o_proj", "down_proj"]  # as tensor parallelism cuts them
 SQUARE = ["q_proj", "k_proj", "v_proj", "o_proj"]
 Model = torch.nn.Module
 Make = Callable[[Model, Path], Model]
@@ -142,7 +143,7 @@ def lora(**options: Any) -> dict[str, Any]:
 PROMPT = {"num_virtual_tokens": 8}
 SKILLS = {"target_modules": TARGETS, "r": 4, "n_tasks": 2, "n_skills": 2}
 TASKS = "`task_ids` in each example, and `remove_unused_columns=False`"
-#: Every kind of `peft.PeftType`, and variants of LoRA that its configuration has.
+#: Every kind of `peft.PeftType`, and the variants of LoRA that its configuration has.
 TUNERS = {
     "LoRA": Tuner(lora()),
     "LoRA, rank-stabilised": Tuner(lora(use_rslora=True)),
@@ -162,6 +163,12 @@ TUNERS = {
         lora(init_lora_weights="lora_ga"), make=_lora_ga, needs="`preprocess_loraga` with batches of the data"
     ),
     "KaSA": Tuner(lora(kasa_config=KasaConfig())),
+    "QALoRA": Tuner(lora(use_qalora=True, qalora_group_size=16)),
+    "BD-LoRA": Tuner(
+        lora(use_bdlora=BdLoraConfig(target_modules_bd_a=COLUMN, target_modules_bd_b=ROW, nblocks=2))
+    ),
+    "MonteCLoRA": Tuner(lora(monteclora_config=MontecloraConfig())),
+    "VeLoRA": Tuner(lora(velora_config=VeloraConfig())),
     "aLoRA": Tuner(lora(alora_invocation_tokens=[0])),
     "AdaLoRA": Tuner(
         {"init_r": 8, "target_r": 4, "total_step": STEPS, "tinit": 5, "tfinal": 20, "target_modules": TARGETS},
