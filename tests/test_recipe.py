@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
 
 from hf_sl2o import Basis, Rule, SL2OTrainer, SL2OTrainingArguments
 from hf_sl2o.experiments import arguments, meta_stage, training_arguments
 from hf_sl2o.experiments import comparison as pipeline
 from hf_sl2o.experiments.curves import mean_steps_to, steps_to
-from hf_sl2o.experiments.data.e2e import E2EDataset, collate, load_rows, train_tokenizer
+from hf_sl2o.experiments.data.e2e import E2EDataset, collate, load_rows, load_tokenizer, train_tokenizer
 from hf_sl2o.experiments.data.e2e_embedded import write_csv
 from hf_sl2o.experiments.kept import keys
 from hf_sl2o.experiments.kept import run as kept_run
@@ -280,6 +280,15 @@ def test_loss_is_on_the_sentence_only():
     batch = collate(dataset.examples)
     short = min(len(example["labels"]) for example in dataset.examples)
     assert batch["labels"].shape[0] == 2 and (batch["labels"][:, short:] == -100).any()
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(tmp_path):
+    tokenizer = train_tokenizer(load_rows("embedded", "train", 50), 300)
+    tokenizer.save_pretrained(tmp_path / "whole")
+    assert load_tokenizer(str(tmp_path / "whole")).pad_token == "<eos>"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(tmp_path / "endless")
+    with pytest.raises(ValueError, match="--model is '.*endless', whose tokenizer has no end token"):
+        load_tokenizer(str(tmp_path / "endless"), "model")
 
 
 @pytest.mark.skipif(not os.environ.get("HF_SL2O_DATA"), reason="needs the released E2E CSVs: HF_SL2O_DATA=FOLDER")

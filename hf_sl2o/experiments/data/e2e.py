@@ -76,6 +76,10 @@ def train_tokenizer(rows: Sequence[Row], vocab_size: int = 1000) -> PreTrainedTo
 
 def load_tokenizer(name: str, flag: str = "tokenizer") -> PreTrainedTokenizerBase:
     tokenizer = load_named(flag, name, lambda: AutoTokenizer.from_pretrained(name))
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"--{flag} is {name!r}, whose tokenizer has no end token to end a sentence with; give another"
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
