@@ -78,7 +78,7 @@ def load_tokenizer(name: str, flag: str = "tokenizer") -> PreTrainedTokenizerBas
     tokenizer = load_named(flag, name, lambda: AutoTokenizer.from_pretrained(name))
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"--{flag} is {name!r}, whose tokenizer has no end token to end a sentence with; give another"
+            f"--{flag} is {name!r}, whose tokenizer has no end token; give one that has"
         )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
