@@ -33,6 +33,9 @@ class _Follower:
     exchange: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
+_Each = tuple[int, torch.Tensor, torch.Tensor, _Follower]
+
+
 class Weights:
     """Moves parameters along a basis, between the last step and the published point.
 
@@ -80,7 +83,7 @@ class Weights:
         self._drop_other()
         self._seen = self._sums = None
 
-    def _each(self) -> list[tuple[int, torch.Tensor, torch.Tensor, _Follower]]:
+    def _each(self) -> list[_Each]:
         """(index, parameter or part, its flat weights, what is kept) of those that are trained."""
         params, parts = self.params(), self._parts()
         if self.followers is None:
@@ -163,26 +166,38 @@ class Weights:
             _write_back(p, flat)
         self._remember()
 
-    def _publish_at_once(
-        self, each: list[tuple[int, torch.Tensor, torch.Tensor, _Follower]], rows: torch.Tensor, moved: torch.Tensor
-    ) -> bool:
+    def _publish_at_once(self, each: list[_Each], rows: torch.Tensor, moved: torch.Tensor) -> bool:
         """`publish` for weights that are not rounded, by the basis' compiled loop where it has one."""
         if not self.basis.has_loops:
             return False
-        count = len(self.basis.layout.names)
-        weights: Any = [None] * count
-        before: Any = [None] * count
-        ways: Any = [None] * count
-        for index, _, flat, follower in each:
-            weights[index], before[index] = flat, follower.other
-            ways[index] = torch.empty_like(flat) if follower.other is None else follower.other  # read, then written
-        if not self.basis.publish_(weights, before, ways, rows, moved):
+        weights = {index: flat for index, _, flat, _ in each}
+        before = {index: follower.other for index, *_, follower in each}
+        ways = {  # read, then written
+            index: torch.empty_like(weights[index]) if way is None else way for index, way in before.items()
+        }
+        if not self.basis.publish_(self._listed(weights), self._listed(before), self._listed(ways), rows, moved):
             return False
         for index, p, flat, follower in each:
             follower.other = ways[index]
             _write_back(p, flat)
         self._remember()
         return True
+
+    def _listed(self, tensors: dict[int, Any]) -> list[Any]:
+        return [tensors.get(index) for index in range(len(self.basis.layout.names))]
+
+    def _ways(self, each: list[_Each], rows: torch.Tensor) -> dict[int, torch.Tensor]:
+        """lift(rows[1]) of those that are not rounded, flat, by the sums of `publish`: resuming changes no bit."""
+        plain = [(index, p, flat) for index, p, flat, follower in each if follower.rounded_off is None]
+        ways = {index: torch.empty_like(flat) for index, _, flat in plain}
+        if plain and len(plain) == len(each) and self.basis.has_loops:
+            copies, moved = {index: flat.clone() for index, _, flat in plain}, torch.ones_like(rows[0, 0]).bool()
+            if self.basis.publish_(self._listed(copies), self._listed({}), self._listed(ways), rows, moved):
+                return ways
+        for index, p, _ in plain:
+            for start, stop, lifted in self.basis.lift_rows(index, rows, self._wide(p)):
+                ways[index][start:stop] = lifted[1]
+        return ways
 
     def _publish_rounded(
         self,
@@ -210,8 +225,9 @@ class Weights:
     def to_published(self, ahead: torch.Tensor) -> None:
         """From the last step's weights to the published ones, `ahead` of shape (d,) behind them, without a step."""
         self.before_move()
-        rows = torch.stack([torch.zeros_like(ahead), ahead])
-        for index, p, flat, follower in self._each():
+        rows, each = torch.stack([torch.zeros_like(ahead), ahead]), self._each()
+        ways = self._ways(each, rows)
+        for index, p, flat, follower in each:
             if follower.rounded_off is not None and follower.exchange is not None:
                 _exchange(flat, follower)
             elif follower.rounded_off is not None:
@@ -220,20 +236,18 @@ class Weights:
                     part = slice(start, stop)
                     _put(self._exactly(flat, follower, part) - lifted[1], flat, follower.rounded_off, part)
             else:
-                before, way = follower.other, torch.empty_like(flat)
-                for start, stop, lifted in self.basis.lift_rows(index, rows, self._wide(p)):
-                    part = slice(start, stop)
-                    flat[part] = flat[part] - lifted[1] if before is None else before[part]
-                    way[part] = lifted[1]
-                follower.other = way
+                flat.copy_(flat - ways[index] if follower.other is None else follower.other)
+                follower.other = ways[index]
             _write_back(p, flat)
         self._remember()
 
     def to_last(self, ahead: torch.Tensor) -> None:
         """From the published weights to those of the last step, `ahead` of shape (d,) ahead of them."""
         self.before_move()
-        rows = torch.stack([torch.zeros_like(ahead), ahead])
-        for index, p, flat, follower in self._each():
+        rows, each = torch.stack([torch.zeros_like(ahead), ahead]), self._each()
+        resumed = any(follower.rounded_off is None and follower.other is None for *_, follower in each)
+        ways = self._ways(each, rows) if resumed else {}
+        for index, p, flat, follower in each:
             if follower.rounded_off is not None and follower.exchange is not None:
                 _exchange(flat, follower)
             elif follower.rounded_off is not None:
@@ -243,11 +257,7 @@ class Weights:
                     _put(self._exactly(flat, follower, part) + lifted[1], flat, follower.rounded_off, part)
                 follower.exchange = (published, kept)
             else:
-                if follower.other is None:  # a resumed run
-                    follower.other = torch.empty_like(flat)
-                    for start, stop, lifted in self.basis.lift_rows(index, rows, self._wide(p)):
-                        follower.other[start:stop] = lifted[1]
-                last = follower.other.add_(flat)
+                last = (ways[index] if follower.other is None else follower.other).add_(flat)
                 follower.other = flat.clone()
                 flat.copy_(last)
             _write_back(p, flat)
