@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, get_peft_model
 
 from hf_sl2o import (
@@ -298,6 +300,18 @@ def test_damage_and_other_folders_are_said(shared, tmp_path):
         FineTune(torch.ones(6), FineTune.from_pretrained(restored(shared, data)).origin).save_pretrained(
             tmp_path / "x"
         )
+
+
+def test_names_that_the_hub_allows_are_names_of_a_basis(run):
+    for name in ("user/basis", "user/_basis", "_user/a.b-c"):
+        validate_repo_id(name)
+        assert replace(run["made"].origin, basis_id=name).basis_id == name
+
+
+def test_what_is_wrong_with_the_card_is_said_before_the_basis_is_written(run, tmp_path):
+    with pytest.raises(TypeError, match="model_card_kwargs has 'licence'"):
+        run["made"].save_pretrained(tmp_path / "x", model_card_kwargs={"licence": "mit"})
+    assert not (tmp_path / "x").exists()
 
 
 def restored(folder, data):

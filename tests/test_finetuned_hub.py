@@ -1,16 +1,19 @@
 """Fine-tunes on the Hub: what a Trainer pushes, with the real client, against a Hub on the loopback device."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from transformers import GPT2LMHeadModel, Trainer, TrainingArguments
 
-from hf_sl2o import Rule, SL2OTrainer, SL2OTrainingArguments, load_finetuned, save_finetuned
+from hf_sl2o import Basis, Rule, SL2OTrainer, SL2OTrainingArguments, load_finetuned, save_finetuned
 
 from .conftest import Tokens, random_dense, tiny_gpt2
 from .hub_client import counted, use
 from .loopback_hub import loopback_hub
-from .test_finetuned import bits, equal
+from .test_finetuned import adapted, bits, equal
 
 OURS = {"sl2o/config.json", "sl2o/model.safetensors", "sl2o/basis/model.safetensors", "sl2o/rule/model.safetensors"}
 QUIET = {"per_device_train_batch_size": 4, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
@@ -86,6 +89,8 @@ def test_a_basis_on_the_hub_is_named_by_its_commit(hub, tmp_path, monkeypatch):
     made.push_to_hub("user/two")
     assert made.origin.basis_revision == commit
     random_dense(tiny_gpt2().named_parameters(), dim=40, seed=9).push_to_hub("user/basis")  # a later one
+    assert Basis.from_pretrained("user/basis").fingerprint != basis.fingerprint
+    one.push_to_hub()  # still of the one that it was trained in
     for name in ("one", "two"):
         files = hub.repos[f"user/{name}"][-1][1]
         own = [files["sl2o/" * (name == "one") + file] for file in ("config.json", "model.safetensors")]
@@ -105,6 +110,56 @@ def test_a_basis_on_the_hub_is_named_by_its_commit(hub, tmp_path, monkeypatch):
     ):
         with pytest.raises(FileNotFoundError, match=match):
             load_finetuned(tiny_gpt2(), place, **options)
+
+
+@pytest.mark.hub
+def test_a_fine_tune_of_an_earlier_push_is_not_taken_for_the_weights_of_a_later_one(hub, tmp_path, monkeypatch):
+    basis = random_dense(tiny_gpt2().named_parameters())
+    pushed("tuned", "end", basis=basis).push_to_hub()
+    (another := tmp_path / "another").mkdir()
+    monkeypatch.chdir(another)  # where the first run left nothing
+    later = pushed("tuned", "end", basis=basis)
+    later.model.transformer.wte.weight.data.add_(torch.randn(50, 16), alpha=0.01)
+    later.push_to_hub()
+    assert equal(bits(GPT2LMHeadModel.from_pretrained("user/tuned")), bits(later.model))
+    for place in ("user/tuned", another / "run-tuned"):
+        with pytest.raises(FileNotFoundError, match="holds weights alone.*load the weights with from_pretrained"):
+            load_finetuned(tiny_gpt2(), place)
+    pushed("tuned", "every_save", basis=basis)
+    assert load_finetuned(tiny_gpt2(), "user/tuned")
+
+
+@pytest.mark.hub
+def test_a_warm_up_is_not_pushed_and_goes_on_where_it_was(hub):
+    options = {"sl2o_warmup_steps": 6, "sl2o_snapshots": 4, "sl2o_dim": 2}
+    trainer = pushed("warmed", "every_save", **options)
+    trainer.push_to_hub()
+    files = hub.repos["user/warmed"][-1][1]
+    assert "sl2o/basis/model.safetensors" in files and not [file for file in files if "warmup" in file]
+    folder = Path("run-warmed")
+    assert (folder / "_warmup" / "trajectory").is_dir() and not (folder / "warmup").exists()
+    (folder / "_warmup").rename(folder / "warmup")  # of a run that was not pushed, or an earlier version
+    shutil.rmtree(folder / "checkpoint-2")
+    shutil.rmtree(folder / "checkpoint-4")
+    again = SL2OTrainer(tiny_gpt2(), trainer.args, train_dataset=Tokens())
+    again.train(resume_from_checkpoint=True)
+    assert equal(bits(again.model), bits(trainer.model)) and not (folder / "_warmup").exists()
+
+
+@pytest.mark.hub
+def test_without_a_network_an_adapter_s_fine_tune_is_taken_from_the_cache_with_a_word(hub, caplog):
+    """Its repository has no config.json, which only the Hub can know."""
+    start = adapted()
+    args = SL2OTrainingArguments("run", max_steps=2, push_to_hub=True, hub_model_id="user/adapter", **QUIET)
+    trainer = SL2OTrainer(start, args, basis=random_dense(start.named_parameters()), train_dataset=Tokens())
+    trainer.train()
+    trainer.push_to_hub()
+    assert "config.json" not in hub.repos["user/adapter"][-1][1]
+    assert equal(bits(load_finetuned(adapted(), "user/adapter")), bits(trainer.model))
+    hub.stop()
+    caplog.clear()
+    assert equal(bits(load_finetuned(adapted(), "user/adapter")), bits(trainer.model))
+    assert caplog.text.count("user/adapter (revision main) is taken from the cache") == 1
 
 
 def trainer_of(folder, model, push=True, **options):
@@ -146,10 +201,10 @@ def test_a_run_that_coefficients_do_not_say_pushes_its_weights_with_a_warning(tm
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer._share(final=True)
     assert reason in caplog.text and all(map(torch.equal, before, trainer.model.parameters()))
-    assert not (tmp_path / "sl2o" / "config.json").exists()
+    assert not (tmp_path / "sl2o" / "model.safetensors").exists()
     assert (tmp_path / "sl2o" / "basis" / "config.json").is_file()
     assert (tmp_path / "sl2o" / "rule" / "config.json").is_file()
-    with pytest.raises(FileNotFoundError, match="looked for a saved FineTune"):
+    with pytest.raises(FileNotFoundError, match="which holds weights alone"):
         load_finetuned(tiny_gpt2(), tmp_path)
 
 

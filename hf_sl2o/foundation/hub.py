@@ -88,6 +88,15 @@ class HubFiles(
             usage = usage.replace("user/name", repo_id)
         return self.generate_model_card(**{"usage": usage, **(model_card_kwargs or {})})
 
+    def _texts(
+        self, folder: Path, repo_id: str | None = None, model_card_kwargs: dict[str, Any] | None = None
+    ) -> dict[Path, bytes]:
+        """The card and its figure; what is wrong with them is said before anything is written."""
+        texts = {folder / README: card_bytes(self._card(repo_id, model_card_kwargs))}
+        if figure := (model_card_kwargs or {}).get("figure"):
+            texts[folder / FIGURE] = read_figure(figure)
+        return texts
+
     def save_pretrained(  # type: ignore[override]
         self,
         save_directory: str | Path,
@@ -126,10 +135,7 @@ class HubFiles(
         folder = Path(save_directory)
         settings, tensors = self.to_files()
         check_finite(folder / CONFIG, settings)
-        # What is wrong with the card is said before anything is written.
-        texts = {folder / README: card_bytes(self._card(repo_id, model_card_kwargs))}
-        if figure := (model_card_kwargs or {}).get("figure"):
-            texts[folder / FIGURE] = read_figure(figure)
+        texts = self._texts(folder, repo_id, model_card_kwargs)
         weights = tensor_writer(tensors)
 
         def write_config(path: str) -> None:  # runs second, when the temporary weights are complete

@@ -136,7 +136,7 @@ class Repository:
 
     def _first(self, path: str) -> Path:
         if not self.asks:
-            return self._download(path, self.wanted)
+            return self._from_cache(path)
         url = hf_hub_url(self.name, path, revision=self.wanted)
         try:
             now = get_hf_file_metadata(url, token=self.token, timeout=_TIMEOUT).commit_hash
@@ -154,19 +154,23 @@ class Repository:
         if not self.force_download:
             self.asks, self.fault = False, error
             try:
-                found = self._download(path, self.wanted)
+                return self._from_cache(path)
             except LocalEntryNotFoundError:
                 pass
-            else:
-                logger.warning(
-                    "%s (revision %s) is taken from the cache, which may be older than what the Hub has: %s",
-                    self.name, self.wanted, self._why(path, error),
-                )  # fmt: skip
-                return found
             if isinstance(error, HfHubHTTPError) and error.response.status_code in _BUSY:
                 self.asks, self.fault = True, None
                 return self._download(path, self.wanted)  # the client tries again, some seconds later
         raise error
+
+    def _from_cache(self, path: str) -> Path:
+        """As asked for, or without the Hub, which is said."""
+        found = self._download(path, self.wanted)
+        if self.fault is not None:
+            logger.warning(
+                "%s (revision %s) is taken from the cache, which may be older than what the Hub has: %s",
+                self.name, self.wanted, self._why(path, self.fault),
+            )  # fmt: skip
+        return found
 
     def _download(self, path: str, revision: str) -> Path:
         return Path(

@@ -32,7 +32,7 @@ FORMAT = 1
 BASIS, RULE = "basis", "rule"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*/[A-Za-z0-9_][A-Za-z0-9._-]*")
 # What steps leave of rounding: of a movement, and of weights in the unit of the last place of fp32.
 _OF_MOVEMENT, _OF_WEIGHTS = 1e-3, 256 * torch.finfo(torch.float32).eps
 
@@ -290,7 +290,9 @@ class FineTune(HubFiles):
         Raises:
             `ValueError`: the basis belongs beside the coefficients, and is not known.
         """
-        self.save_beside(Path(save_directory))
+        folder = Path(save_directory)
+        self._texts(folder, model_card_kwargs=options.get("model_card_kwargs"))
+        self.save_beside(folder)
         return super().save_pretrained(save_directory, **options)
 
     def save_beside(self, folder: Path) -> None:

@@ -18,6 +18,8 @@ from .finetuned import BASIS, FineTune, dtype_name, in_units_of
 
 #: Where a Trainer puts the fine-tune beside ordinary weights.
 SHARED = "sl2o"
+#: The key of config.json there where d numbers do not say the weights; it takes the place of one pushed before.
+WEIGHTS_ALONE = "weights_alone"
 
 
 def save_finetuned(
@@ -141,8 +143,14 @@ def _find(place: str, **options: Any) -> tuple[str, str | None]:
         except FileNotFoundError as error:
             missing.append(error)
             continue
-        if FineTune.key in load_json(path, dict):
+        config = load_json(path, dict)
+        if FineTune.key in config:
             return inside, None if repository is None else repository.commit
+        if inside and WEIGHTS_ALONE in config:
+            raise FileNotFoundError(
+                f"looked for a fine-tune at {place!r}, which holds weights alone: d numbers do not say them, as a "
+                "warning said when they were saved; load the weights with from_pretrained"
+            )
     if len(missing) == 2:
         raise missing[0]
     raise FileNotFoundError(

@@ -12,7 +12,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, TrainOutput, set_seed
 from transformers.training_args import OptimizerNames
 
-from ..foundation.files import load_tensors, open_tensors, save_tensors
+from ..foundation.files import load_tensors, open_tensors, save_json, save_tensors
 from ..foundation.hub import CONFIG, WEIGHTS, HubFiles
 from ..foundation.ranks import basis_facts, check_same_on_all_ranks, rule_facts
 from ..optim import LearnedOptimizer, SubspaceOptimizer
@@ -26,7 +26,7 @@ from .callbacks import SubspaceLogCallback, TrajectoryCallback, unwrap_optimizer
 from .facts import patience, training_facts
 from .finetuned import BASIS, RULE, FineTune
 from .resume import has_optimizer_state, last_complete_checkpoint, steps_done
-from .sharing import SHARED, commit_of
+from .sharing import SHARED, WEIGHTS_ALONE, commit_of
 from .starting import KeptStart
 from .step_size import OPTIMIZERS, OwnStepSize
 
@@ -100,6 +100,7 @@ class SL2OTrainer(Trainer):
         self.rule = rule
         self._start: KeptStart | None = None  # the weights that a run which is pushed began with
         self._basis_id: str | None = None  # the Hub id that the basis was given by
+        self._basis_commit: str | None = None  # the one that it was loaded from
         self._shared: Any = None  # the optimizer whose basis and rule were written for the Hub
         super().__init__(model, args, **kwargs)
         SubspaceLogCallback.attach(self)
@@ -217,9 +218,9 @@ class SL2OTrainer(Trainer):
         made = self._fine_tune(optimizer, final=final) if isinstance(optimizer, SubspaceOptimizer) else None
         if not self.args.should_save or not isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer):
             return
-        if made is None:
-            for name in (CONFIG, WEIGHTS):  # of an earlier push
-                (folder / SHARED / name).unlink(missing_ok=True)
+        if made is None:  # a fine-tune of an earlier push, which the Hub keeps, is not of these weights
+            (folder / SHARED / WEIGHTS).unlink(missing_ok=True)
+            save_json(folder / SHARED / CONFIG, {WEIGHTS_ALONE: True})
         if self._shared is not optimizer:
             if made is not None:
                 made.save_beside(folder / SHARED)
@@ -236,8 +237,7 @@ class SL2OTrainer(Trainer):
         elsewhere: dict[str, Any] = {}
         try:
             if self._basis_id is not None:
-                commit = commit_of(self._basis_id, local_files_only=True)
-                elsewhere = {"basis_id": self._basis_id, "basis_revision": commit}
+                elsewhere = {"basis_id": self._basis_id, "basis_revision": self._basis_commit}
             if self._start is None:
                 raise ValueError(
                     "the weights that the run began with were not kept; set push_to_hub=True before it trains (after "
@@ -271,9 +271,13 @@ class SL2OTrainer(Trainer):
                 self._start = KeptStart(self.model)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        known = self.optimizer
         made = super().create_optimizer(*args, **kwargs)
         if self.subspace_optimizer is not None:
             self._keep_start()
+            if self._basis_id is not None and self.args.push_to_hub and self.optimizer is not known:
+                # now: the cache may hold a later one when the run is pushed
+                self._basis_commit = commit_of(self._basis_id, local_files_only=True)
         return made
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -323,7 +327,7 @@ class SL2OTrainer(Trainer):
                 "sl2o_warmup_steps trains twice in one run, which Accelerate's FSDP does not do; record a run with "
                 "TrajectoryCallback, fit_basis to it, and pass sl2o_basis to the next run"
             )
-        folder = Path(args.output_dir or ".") / "warmup"
+        folder = _warmup_folder(args, resuming=resuming)
         _, options = self.get_optimizer_cls_and_kwargs(args, self.model)  # what is wrong with them is said before
         refuse_useless(**{**options, "with_basis": True})
         if options["optim"] == "sl2o":
@@ -363,6 +367,14 @@ class SL2OTrainer(Trainer):
 def _save_coefficients(folder: Path, optimizer: SubspaceOptimizer) -> None:
     tensors = {"coefficients": optimizer.coefficients}
     save_tensors(folder / COEFFICIENTS, tensors, basis=optimizer.basis.fingerprint)
+
+
+def _warmup_folder(args: SL2OTrainingArguments, *, resuming: bool) -> Path:
+    """Where the warm-up is recorded; a Trainer pushes nothing whose name begins with an underscore."""
+    output = Path(args.output_dir or ".")
+    names = ("_warmup", "warmup") if args.push_to_hub else ("warmup", "_warmup")
+    there = [output / name for name in names if resuming and (output / name).is_dir()]
+    return there[0] if there else output / names[0]
 
 
 def _warmup_arguments(args: SL2OTrainingArguments, folder: Path) -> SL2OTrainingArguments:

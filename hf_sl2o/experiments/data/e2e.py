@@ -77,9 +77,7 @@ def train_tokenizer(rows: Sequence[Row], vocab_size: int = 1000) -> PreTrainedTo
 def load_tokenizer(name: str, flag: str = "tokenizer") -> PreTrainedTokenizerBase:
     tokenizer = load_named(flag, name, lambda: AutoTokenizer.from_pretrained(name))
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"--{flag} is {name!r}, whose tokenizer has no end token; give one that has"
-        )
+        raise ValueError(f"--{flag} is {name!r}, whose tokenizer has no end token; give one that has")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
