@@ -127,6 +127,9 @@ def test_a_fine_tune_of_an_earlier_push_is_not_taken_for_the_weights_of_a_later_
             load_finetuned(tiny_gpt2(), place)
     pushed("tuned", "every_save", basis=basis)
     assert load_finetuned(tiny_gpt2(), "user/tuned")
+    pushed("tuned", "end", optim="adamw_torch", learning_rate=1e-3).push_to_hub()  # in the same folder
+    with pytest.raises(FileNotFoundError, match="holds weights alone"):
+        load_finetuned(tiny_gpt2(), "user/tuned")
 
 
 @pytest.mark.hub

@@ -2,8 +2,8 @@
 
     hf-sl2o extract runs/gpt2/trajectory basis --dim 40 --storage auto --budget 2GB
 
-TrajectoryCallback records a run, and SL2OTrainer its warm-up (OUTPUT/warmup/trajectory). The folder OUTPUT is what
-optim_args="basis=OUTPUT" and Basis.from_pretrained take.
+TrajectoryCallback records a run, and SL2OTrainer its warm-up (OUTPUT/warmup/trajectory; of a run that is pushed
+OUTPUT/_warmup/trajectory). The folder OUTPUT is what optim_args="basis=OUTPUT" and Basis.from_pretrained take.
 """
 
 from __future__ import annotations

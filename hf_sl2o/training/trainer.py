@@ -216,11 +216,14 @@ class SL2OTrainer(Trainer):
         """Writes basis, rule and coefficients to the folder that is pushed."""
         optimizer, folder = unwrap_optimizer(self.optimizer), Path(self.args.output_dir or ".")
         made = self._fine_tune(optimizer, final=final) if isinstance(optimizer, SubspaceOptimizer) else None
-        if not self.args.should_save or not isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer):
+        ours = isinstance(optimizer, SubspaceOptimizer | LearnedOptimizer)
+        if not self.args.should_save or not (ours or (folder / SHARED / CONFIG).is_file()):
             return
         if made is None:  # a fine-tune of an earlier push, which the Hub keeps, is not of these weights
             (folder / SHARED / WEIGHTS).unlink(missing_ok=True)
             save_json(folder / SHARED / CONFIG, {WEIGHTS_ALONE: True})
+        if not ours:
+            return
         if self._shared is not optimizer:
             if made is not None:
                 made.save_beside(folder / SHARED)
