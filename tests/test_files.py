@@ -66,6 +66,12 @@ def test_several_files_change_together_or_not_at_all(tmp_path):
         write_atomically({tmp_path / "a": lambda p: open(p, "w").write("2"), tmp_path / "b": broken})
     assert load_json(tmp_path / "a") == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 
+    def refused(path):
+        raise PermissionError("Permission denied")
+
+    with pytest.raises(OSError, match="could not write .*unchanged; choose a folder that may be written to"):
+        write_atomically({tmp_path / "a": refused})
+
 
 # Checksums
 

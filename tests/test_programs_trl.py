@@ -15,7 +15,7 @@ from .programs import by_hand
 pytest.importorskip("trl", reason="trl is not installed (pip install trl)")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # trl's own and what it calls
 STEPS, BATCH = 5, 4
-SAME = 1e-6  # the largest difference of two weights: rounding
+SAME = 3e-6  # the largest difference of two weights: rounding, of padded rows too
 
 
 OPTIONS = {

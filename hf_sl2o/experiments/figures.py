@@ -96,15 +96,17 @@ def plot_tasks(results: Mapping[str, Mapping[str, Any]], path: str | Path) -> No
         pairs = colormaps["tab20"]  # a dark and a light one each
         colours = [pairs(index) for index in (*range(0, 20, 2), *range(1, 20, 2))]
         for axis, (task, runs) in zip(axes[0], results.items(), strict=True):
-            floor = min(point[1] for run in runs.values() for point in run["eval"])
-            start = max(run["eval"][0][1] for run in runs.values())
+            seen = [point[1] for run in runs.values() for point in run["eval"] if math.isfinite(point[1])]
+            begun = [run["eval"][0][1] for run in runs.values() if math.isfinite(run["eval"][0][1])]
             for index, (arm, run) in enumerate(runs.items()):
                 ours, colour = arm == "sl2o", colours[index % len(colours)]
                 for curve in run["eval_per_seed"]:
                     axis.plot([p[0] for p in curve], [p[1] for p in curve], color=colour, linewidth=0.5, alpha=0.5)
                 label = f"{arm} (lr {run['learning_rate']:g})"
                 axis.plot(*zip(*run["eval"], strict=True), color=colour, linewidth=2.4 if ours else 1.3, label=label)
-            axis.set(title=task, xlabel="step", ylabel="held-out loss", ylim=(floor * 0.97, start * 1.05))
+            axis.set(title=task, xlabel="step", ylabel="held-out loss")
+            if begun:
+                axis.set_ylim(min(seen) * 0.97, max(begun) * 1.05)
             axis.set_yscale("log")
             axis.grid(alpha=0.3, which="both")
             axis.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))

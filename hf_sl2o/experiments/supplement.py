@@ -102,7 +102,7 @@ def figure_2(results: Results) -> Verdict:
 
 
 def figure_3(results: Results) -> Verdict:
-    runs = results["deit_tiny_500_lora_cifar"]["runs"]
+    runs = results["deit_tiny_quick_lora_cifar"]["runs"]
     ours, adamw = (_mean(runs[arm]["test_accuracy_per_seed"]) for arm in ("sl2o_default-lora", "adamw"))
     return (SMALL if ours > adamw else NOT), (
         f"a DeiT-tiny, 500 steps of LoRA, against AdamW: {_percent(ours)}, AdamW {_percent(adamw)}"
@@ -193,7 +193,7 @@ _RESNET8 = (
     "python recipes/resnet_cifar.py --data {cifar} --trajectory_steps 1500 --max_steps 300 "
     "--per_device_train_batch_size 64 --validation_rows 2000 --eval_steps 15 --logging_steps 15 --arms momentum sl2o "
     "sl2o_default subspace_adamw subspace_momentum subspace_sgd adam random p_bfgs "
-    "--quick_grid --output_dir {out}"
+    "--output_dir {out}"
 )
 _DEIT = (
     "python recipes/vit_cifar.py --data {cifar} --model deit-tiny --arms adamw sl2o_default-lora --max_steps 500 "
@@ -221,18 +221,18 @@ ENTRIES = (
     Entry(
         "figure 1", "ResNet-8 on CIFAR-10, 10,000 steps",
         "SL2O's training loss falls fastest, its test accuracy stays the highest", {"resnet8_cifar": _RESNET8},
-        _AT_SIZE.format("resnet8"), 35, "2", figure_1,
+        _AT_SIZE.format("resnet8"), 110, "2", figure_1,
     ),
     Entry(
         "figure 2", "GPT-2 on E2E, 80,000 steps",
         "SL2O is faster in the first 250 steps, and matches the validation loss of AdamW in the subspace",
         {"gpt2_e2e": "python recipes/gpt2_e2e.py --data {e2e} --output_dir {out}"},
-        "accelerate launch recipes/gpt2_e2e.py --model gpt2 --data hub", 12, "20", figure_2,
+        "accelerate launch recipes/gpt2_e2e.py --model gpt2 --data hub", 63, "20", figure_2,
     ),
     Entry(
         "figure 3", "DeiT-base-distilled, 20 epochs", "98.36 %, Momentum in the subspace 98.24 %",
-        {"deit_tiny_500_lora_cifar": _DEIT},
-        "accelerate launch recipes/vit_cifar.py --data hub --model deit-base --bf16", 40, "20", figure_3,
+        {"deit_tiny_quick_lora_cifar": _DEIT},
+        "accelerate launch recipes/vit_cifar.py --data hub --model deit-base --bf16", 65, "20", figure_3,
     ),
     Entry(
         "section 2.4", "ViT-B from scratch on ImageNet, 2,000 steps",
@@ -241,17 +241,17 @@ ENTRIES = (
     ),
     Entry(
         "table 2", "expressions fitted to a rule of ResNet-20", "R 0.950, 0.969 and 0.970 on test samples",
-        _SYMBOLIC, f"python recipes/studies/symbolic.py --data PATH {_LONGER}", 25, "2", table_2,
+        _SYMBOLIC, f"python recipes/studies/symbolic.py --data PATH {_LONGER}", 80, "2", table_2,
     ),
     Entry(
         "figures 4 and 5", "hyperbolic functions, and the expressions beside the samples",
         "they bound the answer to large inputs", {**_SYMBOLIC, **_DIRECTIONS},
-        f"python recipes/studies/symbolic.py --data PATH {_LONGER}", 0, "2", figures_4_and_5,
+        f"python recipes/studies/symbolic.py --data PATH {_LONGER}", 20, "2", figures_4_and_5,
     ),
     Entry(
         "table 3", "transfer between data sets and networks",
         "at most 0.28 points between data sets, 0.1 between networks", _TRANSFER,
-        f"python recipes/studies/transfer.py --data PATH {_LONGER}", 40, "3", table_3,
+        f"python recipes/studies/transfer.py --data PATH {_LONGER}", 65, "3", table_3,
     ),
     Entry(
         "section 2.7", "L2O-DM in the same subspace", "SL2O is over 50 points of accuracy better", _TRANSFER,
@@ -261,11 +261,11 @@ ENTRIES = (
         "figure 6, table 4", "unroll length T and training iterations N, ResNet-20",
         "T hardly matters, a small N is worse",
         {"study_unroll": "python recipes/studies/unroll.py --output_dir {out} --json {json}"},
-        "python recipes/studies/unroll.py --task cifar-resnet20 --data PATH --json FILE", 15, "4", figure_6,
+        "python recipes/studies/unroll.py --task cifar-resnet20 --data PATH --json FILE", 25, "4", figure_6,
     ),
     Entry(
         "figure 7", "updates along the first three directions, ResNet-20, 100 steps",
         "they fall to about 0 after 75 steps without a schedule", _DIRECTIONS,
-        "python recipes/studies/directions.py --data PATH --json FILE", 13, "0.2", figure_7,
+        "python recipes/studies/directions.py --data PATH --json FILE", 0, "0.2", figure_7,
     ),
 )  # fmt: skip

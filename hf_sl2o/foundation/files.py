@@ -7,6 +7,7 @@ earlier versions have none and still load.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -60,7 +61,9 @@ def write_atomically(writers: Mapping[Path, Callable[[str], object]]) -> None:
                     os.fsync(file.fileno())
             except (OSError, SafetensorError) as error:
                 state = "the previous file is unchanged" if path.exists() else "nothing was left behind"
-                raise OSError(f"could not write {path} ({error}); {state}; free some space and start again") from error
+                refused = isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS
+                remedy = "choose a folder that may be written to" if refused else "free some space and start again"
+                raise OSError(f"could not write {path} ({error}); {state}; {remedy}") from error
         for path, temporary in temporaries.items():
             os.replace(temporary, path)
     except BaseException:
