@@ -13,6 +13,7 @@ from hf_sl2o.subspace import compiled
 from hf_sl2o.subspace.storage import Ranks, choose_storage, ranks_within, storage_bytes
 
 SHAPES = {"emb": (70, 48), "h.0.w": (64, 40), "h.0.b": (41,), "h.1.w": (36, 4, 3, 3), "h.1.scale": ()}
+# In fp32 it is the root of the rounding of norms.
 #: The most that directions may lie outside the dense ones' subspace (root mean square; all of it is 1).
 ERRORS = {"fp32": 1e-4, "bf16": 3e-3, "int8": 1e-2, "int4": 0.15, "tucker": 0.15}
 DIM = 6
