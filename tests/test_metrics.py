@@ -330,16 +330,20 @@ def test_without_java_meteor_is_none_and_says_why(monkeypatch, tmp_path):
     assert "pip install 'hf-sl2o[e2e]'" in java.missing() and metrics.default_tokenizer() == "ptb-python"
 
 
-def test_a_command_that_only_asks_for_java_counts_as_none(monkeypatch, tmp_path):
-    """As on macOS."""
+def java_that_does(script, tmp_path, monkeypatch):
     for name in (java._TOKENIZER, java._METEOR, java._PARAPHRASES):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     monkeypatch.setattr(java, "_folder", lambda: tmp_path)
     program = tmp_path / "java"
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    program.write_text("#!/bin/sh\necho 'Unable to locate a Java Runtime.' >&2\necho >&2\nexit 1\n")
+    program.write_text(script)
     program.chmod(0o755)
+
+
+def test_a_command_that_only_asks_for_java_counts_as_none(monkeypatch, tmp_path):
+    """As on macOS."""
+    java_that_does("#!/bin/sh\necho 'Unable to locate a Java Runtime.' >&2\necho >&2\nexit 1\n", tmp_path, monkeypatch)
     said = "the command java does not run: Unable to locate a Java Runtime; install a Java runtime"
     with pytest.warns(metrics.NoMeteorWarning, match=said):
         found = metrics.e2e_scores(["A pub."], [["A pub."]])
@@ -350,14 +354,7 @@ def test_a_command_that_only_asks_for_java_counts_as_none(monkeypatch, tmp_path)
 
 def test_a_java_that_fails_is_said(monkeypatch, tmp_path):
     """A program of that name that answers half, or nothing: no score is made of it."""
-    for name in (java._TOKENIZER, java._METEOR, java._PARAPHRASES):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    monkeypatch.setattr(java, "_folder", lambda: tmp_path)
-    program = tmp_path / "java"
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    program.write_text("#!/bin/sh\necho one line\necho 'Error: no memory' >&2\n")
-    program.chmod(0o755)
+    java_that_does("#!/bin/sh\necho one line\necho 'Error: no memory' >&2\n", tmp_path, monkeypatch)
     assert java.missing() is None
     with pytest.raises(
         RuntimeError, match="PTBTokenizer of pycocoevalcap gave 1 lines for 2 sentences: Error: no mem"
@@ -365,7 +362,9 @@ def test_a_java_that_fails_is_said(monkeypatch, tmp_path):
         java.stanford_words(["a", "b"])
     with pytest.raises(RuntimeError, match="METEOR of pycocoevalcap gave no score: Error: no memory"):
         java.meteor_of_words([["a"]], [[["a"]]])
-    program.write_text("#!/bin/sh\nprintf 'Picked up X\\nFault: out of order\\n\\tat Meteor.main\\n' >&2\n")
+    (tmp_path / "java").write_text(
+        "#!/bin/sh\nprintf 'Picked up X\\nFault: out of order\\n\\tat Meteor.main\\n' >&2\n"
+    )
     with pytest.raises(RuntimeError, match="gave no score: Fault: out of order; check"):  # no frame of its trace
         java.meteor_of_words([["a"]], [[["a"]]])
 
