@@ -41,7 +41,7 @@ HEAD = """# The supplement, redone
 Written by `python recipes/reproduce.py`. Every verdict is computed from the files in the last column. Minutes are
 those of one core at the small size, each file counted once ("about": estimated from parts); hours those that the
 paper's size may take on one GPU, where nobody has run it yet. All of it from nothing takes about {hours} hours on
-two cores, one command on each. Three were aimed at: shorter runs and smaller grids gave other verdicts.
+two cores, one command on each; three were aimed at.
 
 | in the supplement | of | the paper | here | verdict | command | minutes | GPU hours | files |
 |---|---|---|---|---|---|---|---|---|
